@@ -1,0 +1,440 @@
+"""`connect`: the ordinary Hugging Face model whose trunk is elsewhere."""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+import contextlib
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftModelForSequenceClassification
+from torch import Tensor
+from transformers import PreTrainedModel
+from transformers.utils import ModelOutput
+
+from cutlayer.client.checkpoint import read_adapter, write_adapter
+from cutlayer.client.connection import Address, Connection
+from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
+from cutlayer.errors import ConfigError, Refused
+from cutlayer.split.adapters import (
+    ADAPTER,
+    PARTS,
+    AdapterPlan,
+    adapter_state,
+    ends_config,
+    plan_adapter,
+    seed_adapter,
+    union,
+)
+from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed, watch_entry
+from cutlayer.split.loading import (
+    Checkpoint,
+    Skeleton,
+    config_digest,
+    layer_digests,
+    load_ends,
+    open_checkpoint,
+    skeleton_of,
+)
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.agreement import PROTOCOL
+from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.tensors import DTYPES
+
+__all__ = ["SplitModel", "agreement_of", "connect"]
+
+IGNORED_LABEL = -100
+
+
+class SplitModel:
+    """What a connected model has besides being a PeftModel: its trunk, and how to save it whole.
+
+    Attributes:
+        connection: The session with the server.
+        remote_trunk: The module that stands for the trunk.
+        plan: The whole model's adapter and how it falls into parts.
+        chunks: Into how many micro-chunks a training batch is cut.
+    """
+
+    connection: Connection
+    remote_trunk: RemoteTrunk
+    plan: AdapterPlan
+    anatomy: Anatomy
+    cut: Cut
+    chunks: int = 1
+    keeps_adapter: bool = False
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
+
+        All chunks are sent before the first is awaited, so the trunk works on one while we work
+        on another. The loss is that of the whole batch, each token weighing the same.
+        """
+        rows = _rows(kwargs)
+        whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
+        if whole or not torch.is_grad_enabled():
+            return super().forward(*args, **kwargs)  # type: ignore[misc]
+        parts = [_rows_of(kwargs, rows, span) for span in _spans(rows, self.chunks)]
+        run = super().forward  # type: ignore[misc]
+        on_their_way = chunks_sent(self.remote_trunk, [_bound(run, part) for part in parts])
+        outputs = []
+        for part, sent in zip(parts, on_their_way, strict=True):
+            with (
+                self.remote_trunk.receiving(sent),
+                bottom_bypassed(self.hf_model, self.anatomy, self.cut),
+            ):
+                outputs.append(run(**part))
+        return _joined(outputs, [_weight(part) for part in parts], self._mean_of_tokens(kwargs))
+
+    def _mean_of_tokens(self, kwargs: Mapping[str, Any]) -> bool:
+        return kwargs.get("num_items_in_batch") is None
+
+    @property
+    def hf_model(self) -> PreTrainedModel:
+        """The Hugging Face model inside."""
+        model: PreTrainedModel = self.get_base_model()  # type: ignore[attr-defined]
+        return model
+
+    @contextlib.contextmanager
+    def disable_adapter(self) -> Iterator[None]:
+        """Run the base model while open, on both sides."""
+        was, self.remote_trunk.adapter_disabled = self.remote_trunk.adapter_disabled, True
+        try:
+            with super().disable_adapter():  # type: ignore[misc]
+                yield
+        finally:
+            self.remote_trunk.adapter_disabled = was
+
+    def whole_adapter(self) -> dict[str, Tensor]:
+        """Return the whole model's adapter: our half, and the trunk's from the server.
+
+        Raises:
+            Refused: If the server keeps its half.
+        """
+        head = pb.Head(export_adapter=pb.ExportAdapter())
+        trunk = self.connection.request(head).wait() if self.plan.trunk.targets else {}
+        return union(self.own_adapter(), trunk)
+
+    def own_adapter(self) -> dict[str, Tensor]:
+        """Return the client's half of the adapter."""
+        return adapter_state(self) if self.plan.client_parameters else {}  # type: ignore[arg-type]
+
+    def save_pretrained(self, save_directory: str | Path, **_kwargs: Any) -> None:
+        """Write the whole adapter as one ordinary PEFT folder, or nothing.
+
+        If the server keeps the trunk's half, ours alone is written, with a note that says so.
+
+        Raises:
+            StorageError: If the disk says no; what stood there before is untouched.
+        """
+        state = self.own_adapter() if self.keeps_adapter else self.whole_adapter()
+        write_adapter(Path(save_directory), state, self.plan.config, partial=self.keeps_adapter)
+
+    def load_adapter(self, model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
+        """Take up an adapter on both sides, or let peft load one of another name on ours."""
+        name = args[0] if args else kwargs.get("adapter_name", ADAPTER)
+        if name != ADAPTER:
+            raise ConfigError(f"a split model has one adapter, '{ADAPTER}': '{name}' was asked for")
+        self.take_up(Path(model_id))
+
+    def take_up(self, folder: Path) -> None:
+        """Load an adapter folder into both halves.
+
+        Raises:
+            ModelError: If the folder is no adapter.
+            Refused: If it does not fit the LoRA of this session.
+        """
+        state = read_adapter(folder)
+        mine = self.own_adapter()
+        if mine.keys() - state.keys():
+            raise Refused(f"adapter '{folder}' lacks {sorted(mine.keys() - state.keys())[0]}")
+        from peft import set_peft_model_state_dict
+
+        set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
+        trunk = {name: tensor for name, tensor in state.items() if name not in mine}
+        if trunk:
+            self.connection.request(pb.Head(import_adapter=pb.ImportAdapter()), trunk).wait()
+
+    def close(self) -> None:
+        """Give the session back."""
+        self.connection.close()
+
+    def __enter__(self) -> Any:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
+
+
+class SplitModelForCausalLM(SplitModel, PeftModelForCausalLM):
+    """A causal language model whose trunk is elsewhere."""
+
+
+class SplitModelForSequenceClassification(SplitModel, PeftModelForSequenceClassification):
+    """A sequence classifier whose trunk is elsewhere."""
+
+
+_CLASSES: dict[str, type[Any]] = {
+    "causal-lm": SplitModelForCausalLM,
+    "sequence-classification": SplitModelForSequenceClassification,
+}
+
+
+def connect(
+    model: str,
+    *,
+    server: str,
+    bottom_layers: int,
+    top_layers: int,
+    peft_config: PeftConfig | None = None,
+    train: Iterable[str] = PARTS,
+    task: str = "causal-lm",
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    ca: str | Path | None = None,
+    cert: str | Path | None = None,
+    key: str | Path | None = None,
+    plaintext: bool = False,
+    codec: str = "raw",
+    chunks: int = 1,
+    gradient_checkpointing: bool = False,
+    seed: int = 0,
+    run: str | None = None,
+    take_up: bool = False,
+    connect_timeout_s: float = 30.0,
+    idle_timeout_s: float = 120.0,
+    **config_overrides: Any,
+) -> Any:
+    """Return an ordinary PEFT model whose trunk runs at a server.
+
+    It holds the embedding, `bottom_layers` first and `top_layers` last layers, the norm and the
+    head; the layers between are never read, downloaded or held here. TRL's and transformers'
+    trainers, `generate` and a plain loop take it as it is; see `attach` for the optimizer.
+
+    Args:
+        model: A folder or a hub id, as for `from_pretrained`.
+        server: `host:port` of a `cutlayer serve`.
+        bottom_layers: Number of first layers that stay here.
+        top_layers: Number of last layers that stay here.
+        peft_config: The LoRA of the whole model; `None` only runs the base model.
+        train: Which parts the LoRA is on: any of `bottom`, `trunk`, `top`.
+        task: `causal-lm` or `sequence-classification`.
+        revision: The model's revision on the hub.
+        dtype: dtype of the base weights, the same at the server.
+        attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
+        ca: The authority that signed the server's certificate.
+        cert: Our certificate, for mutual TLS.
+        key: The key of our certificate.
+        plaintext: Use no TLS: everybody on the way reads what is sent.
+        codec: How activations and gradients are written; `raw` is bit-exact.
+        chunks: Into how many micro-chunks a training batch is cut; 1 is bit-exact.
+        gradient_checkpointing: Let the trunk keep layer inputs only and compute the rest again.
+        seed: Seed of the LoRA's start and of the trunk's dropout.
+        run: A name for this run at the server; a random one by default.
+        take_up: Take up the adapter that the server kept under `run`.
+        connect_timeout_s: Seconds to reach the server.
+        idle_timeout_s: Seconds without a byte after which the server is taken for dead.
+        config_overrides: Set on the model's config (`num_labels`, …).
+
+    Raises:
+        ConfigError: If an argument is wrong.
+        CannotCut: If this model cannot be cut there.
+        ModelError: If the model cannot be found or loaded.
+        ConnectionFailed: If the server cannot be reached or trusted.
+        Refused: If the two sides do not hold the same model, or the server says no.
+    """
+    _check(codec, chunks, dtype)
+    checkpoint = open_checkpoint(model, revision=revision)
+    for name, value in config_overrides.items():
+        setattr(checkpoint.config, name, value)
+    skeleton = skeleton_of(checkpoint.config, task)
+    cut = Cut.leaving(
+        bottom_layers=bottom_layers,
+        top_layers=top_layers,
+        num_layers=skeleton.anatomy.num_layers,
+    )
+    plan = _plan(skeleton, peft_config, cut, train, seed)
+    paths = [Path(path) if path else None for path in (ca, cert, key)]
+    connection = Connection(
+        Address(server, *paths, plaintext=plaintext),
+        connect_timeout_s=connect_timeout_s,
+        idle_timeout_s=idle_timeout_s,
+    )
+    try:
+        remote = RemoteTrunk(skeleton.anatomy, cut.lower, seed=seed)
+        settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+        ends = load_ends(
+            checkpoint,
+            skeleton,
+            cut,
+            remote,
+            config=checkpoint.config,
+            dtype=DTYPES[dtype],
+            **settings,
+        )
+        agreement = agreement_of(checkpoint, skeleton, cut, task, dtype, ends)
+        asked = pb.OpenSessionRequest(
+            agreement=agreement,
+            lora=_spec(plan),
+            run=run or f"run-{uuid.uuid4().hex[:12]}",
+            codec=codec,
+            gradient_checkpointing=gradient_checkpointing,
+            take_up=take_up,
+        )
+        reply = connection.open(asked)
+        _check_parameters(plan, connection)
+    except BaseException:
+        connection.close()
+        raise
+    remote.entry = watch_entry(ends, skeleton.anatomy)
+    remote.link = connection
+    remote.trains = bool(plan.trunk.targets)
+    return _wrapped(ends, plan, task, connection, remote, skeleton.anatomy, cut, chunks, reply)
+
+
+def _check(codec: str, chunks: int, dtype: str) -> None:
+    faults = []
+    if codec not in CODECS:
+        faults.append(f"codec '{codec}' is unknown: one of {', '.join(CODECS)}")
+    if chunks < 1:
+        faults.append(f"chunks={chunks} must be at least 1")
+    if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
+        faults.append(f"dtype '{dtype}' is unknown: float32, bfloat16 or float16")
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _plan(
+    skeleton: Skeleton, config: PeftConfig | None, cut: Cut, train: Iterable[str], seed: int
+) -> AdapterPlan:
+    if config is not None:
+        return plan_adapter(skeleton, config, cut, train=train, seed=seed)
+    from cutlayer.split.adapters import TrunkLora
+
+    return AdapterPlan(LoraConfig(), TrunkLora((), seed=seed), {}, {})
+
+
+def agreement_of(
+    checkpoint: Checkpoint, skeleton: Skeleton, cut: Cut, task: str, dtype: str, ends: Any
+) -> pb.Agreement:
+    """Return what we hold, for the server to compare with what it holds."""
+    return pb.Agreement(
+        protocol=PROTOCOL,
+        transformers_major=transformers.__version__.partition(".")[0],
+        task=task,
+        model_type=checkpoint.config.model_type,
+        revision=checkpoint.revision,
+        config_digest=config_digest(checkpoint.config),
+        layer_digests=layer_digests(checkpoint, skeleton.anatomy, cut, trunk=False),
+        num_layers=skeleton.anatomy.num_layers,
+        lower=cut.lower,
+        upper=cut.upper,
+        dtype=dtype,
+        attn_implementation=ends.config._attn_implementation or "",
+    )
+
+
+def _spec(plan: AdapterPlan) -> pb.LoraSpec:
+    lora = plan.trunk
+    return pb.LoraSpec(
+        modules=[pb.LoraModule(name=t.name, rank=t.rank, alpha=t.alpha) for t in lora.targets],
+        dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        gaussian_init=lora.gaussian_init,
+        fan_in_fan_out=lora.fan_in_fan_out,
+        seed=lora.seed,
+    )
+
+
+def _check_parameters(plan: AdapterPlan, connection: Connection) -> None:
+    if connection.parameters != plan.trunk_parameters:
+        odd = sorted(connection.parameters.items() ^ plan.trunk_parameters.items())
+        raise Refused(
+            f"the trunk's adapter differs from the planned one (first at {odd[0][0]}): install the "
+            "same version of peft on both sides"
+        )
+
+
+def _wrapped(
+    ends: PreTrainedModel,
+    plan: AdapterPlan,
+    task: str,
+    connection: Connection,
+    remote: RemoteTrunk,
+    anatomy: Anatomy,
+    cut: Cut,
+    chunks: int,
+    reply: pb.OpenSessionReply,
+) -> Any:
+    ends.requires_grad_(False)
+    model = _CLASSES[task](ends, ends_config(plan), ADAPTER)
+    seed_adapter(model, remote.seed)
+    model.connection, model.remote_trunk, model.plan = connection, remote, plan
+    model.anatomy, model.cut, model.chunks = anatomy, cut, chunks
+    model.keeps_adapter = reply.keeps_adapter
+    return model
+
+
+# ---------------------------------------------------------------------- micro-chunks
+
+
+def _rows(kwargs: Mapping[str, Any]) -> int:
+    given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    return given.shape[0] if isinstance(given, Tensor) else 0
+
+
+def _spans(rows: int, chunks: int) -> list[slice]:
+    edges = [round(rows * i / min(chunks, rows)) for i in range(min(chunks, rows) + 1)]
+    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+
+
+def _rows_of(kwargs: Mapping[str, Any], rows: int, span: slice) -> dict[str, Any]:
+    def cut_rows(value: Any) -> Any:
+        in_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
+        return value[span] if in_rows else value
+
+    return {name: cut_rows(value) for name, value in kwargs.items()}
+
+
+def _bound(run: Any, part: dict[str, Any]) -> Any:
+    return lambda: run(**part)
+
+
+def _weight(part: Mapping[str, Any]) -> int:
+    """Return over how many items the loss of this chunk is a mean: tokens, or rows."""
+    labels = part.get("shift_labels")
+    if labels is None:
+        labels = part.get("labels")
+        if not isinstance(labels, Tensor):
+            return _rows(part)
+        if labels.dim() != 2 or labels.is_floating_point():
+            return labels.shape[0]
+        labels = labels[:, 1:]
+    return int((labels != IGNORED_LABEL).sum())
+
+
+def _joined(outputs: list[Any], weights: list[int], loss_is_mean: bool) -> Any:
+    """Return the output of the whole batch from those of its chunks."""
+    total = max(sum(weights), 1)
+
+    def join(name: str) -> Any:
+        values = [output[name] for output in outputs]
+        if not isinstance(values[0], Tensor):
+            return None
+        if values[0].dim() > 0:
+            return torch.cat(values)
+        if name == "loss" and not loss_is_mean:
+            return torch.stack(values).sum()
+        # A chunk without a supervised token has a mean of nothing, which is NaN: leave it out.
+        shares = [v * (w / total) for v, w in zip(values, weights, strict=True) if w]
+        return torch.stack(shares).sum() if shares else values[0]
+
+    kind: type[ModelOutput] = type(outputs[0])
+    return kind(**{name: join(name) for name in outputs[0]})

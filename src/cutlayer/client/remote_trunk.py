@@ -1,0 +1,311 @@
+"""The trunk as a module of the client's model, and the two autograd nodes that are its seam.
+
+The training loop never calls the server. It calls `loss.backward()`, and the autograd engine
+calls the two nodes here:
+
+    _Send     forward: the activations leave              backward: wait for their gradient
+    _Receive  forward: wait for the trunk's output        backward: its gradient leaves
+
+With a batch in chunks, every chunk is sent before the first is awaited. In backward the engine
+takes the youngest node first, so all tops run (and their gradients leave) before the first bottom
+waits. That is the pipeline; there is no scheduler (docs/decisions/0002).
+"""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import weakref
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache
+
+from cutlayer.errors import CannotCut
+from cutlayer.split.cut import Anatomy, Entry, cache_of, hidden_of, note_in_cache
+from cutlayer.wire.tensors import refuse_not_finite
+
+__all__ = ["Answer", "Chunk", "Link", "Question", "RemoteTrunk", "chunks_sent"]
+
+
+@dataclass(frozen=True)
+class Question:
+    """What a forward tells the trunk besides the activations."""
+
+    carried: dict[str, Tensor] = field(default_factory=dict)
+    """`attention_mask` and `position_ids` as the model was called with."""
+    training: bool = False
+    keep_graph: bool = False
+    wants_gradient: bool = False
+    seed: int = 0
+    autocast: torch.dtype | None = None
+    adapter_disabled: bool = False
+    cache: int = 0
+    past_tokens: int = 0
+    cache_rows: tuple[int, ...] = ()
+
+
+class Answer(Protocol):
+    """A tensor that is on its way."""
+
+    def wait(self) -> Tensor | None:
+        """Return the tensor, `None` where none was asked for."""
+
+
+class Link(Protocol):
+    """What a remote trunk asks of a connection; nothing here waits."""
+
+    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Answer]:
+        """Send activations; return the request's number and the trunk's output to come."""
+
+    def backward(self, forward: int, grad_BTD: Tensor) -> Answer:
+        """Send the gradient of a forward's output; return the activations' gradient to come."""
+
+    def discard(self, forward: int) -> None:
+        """Say that a forward will have no backward."""
+
+    def drop_cache(self, cache: int) -> None:
+        """Say that a KV cache is not needed any more."""
+
+
+@dataclass(eq=False)
+class Sent:
+    """One chunk between its departure and its gradient's return."""
+
+    number: int
+    output: Answer
+    gradient: Answer | None = None
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """A part of a batch that is on its way: what was sent, and where autograd goes on."""
+
+    sent: Sent
+    ticket: Tensor
+
+
+class _ChunkSent(Exception):
+    """Leaves the model's forward once a chunk is on its way."""
+
+
+class RemoteTrunk(nn.Module):
+    """Stand for layers[lower:upper] in the client's model; called as the first of them is.
+
+    Attributes:
+        trains: Whether the trunk has an adapter that is trained.
+        step: Optimizer steps done; with `seed` it determines the trunk's dropout.
+        adapter_disabled: Run the trunk's base model.
+    """
+
+    def __init__(self, anatomy: Anatomy, layer: int, *, seed: int = 0) -> None:
+        super().__init__()
+        self.trains = True
+        self.step = 0
+        self.adapter_disabled = False
+        self.seed = seed
+        self.entry = Entry()
+        self.link: Link | None = None
+        self._anatomy = anatomy
+        self._layer = layer
+        self._calls_in_step = 0
+        self._sending: list[Chunk] | None = None
+        self._receiving: Chunk | None = None
+        self._cache_numbers = itertools.count(1)
+        self._caches: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
+        # With a bottom that trains nothing autograd would see no reason to come back to us, and
+        # the trunk would silently stay untrained. This leaf is the reason; it gets no gradient.
+        self._anchor = torch.zeros(0, requires_grad=True)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Return the trunk's output for these hidden states, in the family's form.
+
+        Raises:
+            NotFinite: If an activation that would leave is NaN or infinite.
+            ConnectionFailed: If the server fell silent.
+            Refused: If the server refuses.
+        """
+        if self._receiving is not None:
+            return self._anatomy.as_returned(self._receive(self._receiving))
+        chunk = self._send(hidden_of(args, kwargs), cache_of(args, kwargs))
+        if self._sending is not None:
+            self._sending.append(chunk)
+            raise _ChunkSent
+        return self._anatomy.as_returned(self._receive(chunk))
+
+    def optimizer_stepped(self) -> None:
+        """Begin a new step: the next forward is its first call."""
+        self.step += 1
+        self._calls_in_step = 0
+
+    # ------------------------------------------------------------------ the two halves of a call
+
+    def _send(self, hidden_BTD: Tensor, cache: Cache | None) -> Chunk:
+        grad = torch.is_grad_enabled() and (self.trains or hidden_BTD.requires_grad)
+        refuse_not_finite(
+            hidden_BTD.detach(),
+            "the smashed activations",
+            "nothing was sent; lower the learning rate, or look at the sample",
+        )
+        question = Question(
+            carried=dict(self.entry.carried),
+            training=self.training,
+            keep_graph=grad,
+            wants_gradient=grad and hidden_BTD.requires_grad,
+            seed=self._seed_of_call(),
+            autocast=_autocast_dtype(hidden_BTD.device.type),
+            adapter_disabled=self.adapter_disabled,
+            **self._cache_fields(cache, hidden_BTD, grad=grad),
+        )
+        assert self.link is not None
+        if not grad:
+            number, output = self.link.forward(hidden_BTD.detach(), question)
+            return Chunk(Sent(number, output), hidden_BTD.new_zeros(0))
+        flight = _Flight(self.link, question)
+        ticket = _Send.apply(hidden_BTD, self._anchor, flight)
+        assert flight.sent is not None
+        return Chunk(flight.sent, ticket)
+
+    def _receive(self, chunk: Chunk) -> Tensor:
+        if chunk.ticket.requires_grad:
+            received: Tensor = _Receive.apply(chunk.ticket, self.link, chunk.sent)
+            return received
+        out_BTD = chunk.sent.output.wait()
+        assert out_BTD is not None
+        return out_BTD.to(chunk.ticket.device)
+
+    @contextlib.contextmanager
+    def sending(self) -> Iterator[list[Chunk]]:
+        """While open, a forward ends when its activations have left; yields what is on its way."""
+        self._sending = []
+        try:
+            yield self._sending
+        finally:
+            self._sending = None
+
+    @contextlib.contextmanager
+    def receiving(self, chunk: Chunk) -> Iterator[None]:
+        """While open, a forward goes on with the output of this chunk."""
+        self._receiving = chunk
+        try:
+            yield
+        finally:
+            self._receiving = None
+
+    def _seed_of_call(self) -> int:
+        call, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
+        key = f"{self.seed}/{self.step}/{call}".encode()
+        return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
+
+    # ------------------------------------------------------------------ KV caches
+
+    def _cache_fields(
+        self, cache: Cache | None, hidden_BTD: Tensor, *, grad: bool
+    ) -> dict[str, Any]:
+        """Say which cache of the trunk's own belongs to the client's cache, and how rows moved.
+
+        Our slot of the client's cache holds each row's number. Beam search moves rows about; what
+        stands in the slot then tells which of the trunk's rows continue.
+        """
+        if cache is None:
+            return {}
+        rows, tokens = hidden_BTD.shape[:2]
+        past_tokens = _tokens_in(cache, self._layer)
+        note_BT = torch.arange(rows, dtype=torch.float32, device=hidden_BTD.device)[:, None]
+        slot_BT = note_in_cache(cache, self._layer, note_BT.expand(rows, tokens))
+        if grad and past_tokens == 0:
+            return {}  # a training forward builds a cache by default and never reads it
+        if past_tokens == 0:
+            number = self._caches[cache] = next(self._cache_numbers)
+            assert self.link is not None
+            weakref.finalize(cache, self.link.drop_cache, number)
+        elif cache not in self._caches or slot_BT is None:
+            raise CannotCut(
+                "this KV cache was filled elsewhere or copied: its other half is at the server; "
+                "start the generation from the prompt"
+            )
+        moved: tuple[int, ...] = ()
+        if past_tokens and slot_BT is not None:
+            # The newest token before this call is the last before the `tokens` just written.
+            stood = slot_BT[:, -tokens - 1].long().tolist()
+            moved = () if stood == list(range(rows)) else tuple(stood)
+            if moved:
+                slot_BT[:, :] = note_BT
+        return {"cache": self._caches[cache], "past_tokens": past_tokens, "cache_rows": moved}
+
+
+def _tokens_in(cache: Cache, layer: int) -> int:
+    try:
+        return int(cache.get_seq_length(layer))
+    except (TypeError, ValueError):
+        return int(cache.get_seq_length())
+
+
+def _autocast_dtype(device_type: str) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device_type) if torch.is_autocast_enabled(device_type) else None
+
+
+@dataclass
+class _Flight:
+    """What `_Send` is handed, and where it leaves what it sent."""
+
+    link: Link
+    question: Question
+    sent: Sent | None = None
+
+
+class _Send(torch.autograd.Function):
+    """The activations leave; in backward their gradient comes back."""
+
+    @staticmethod
+    def forward(ctx: Any, smashed_BTD: Tensor, _anchor: Tensor, flight: _Flight) -> Tensor:
+        number, output = flight.link.forward(smashed_BTD.detach(), flight.question)
+        flight.sent = ctx.sent = Sent(number, output)
+        ctx.device = smashed_BTD.device
+        # If this graph is dropped without a backward, the trunk must drop its graph too.
+        ctx.finalizer = weakref.finalize(flight.sent, flight.link.discard, number)
+        return smashed_BTD.new_zeros(0)
+
+    @staticmethod
+    def backward(ctx: Any, *_grads: Any) -> tuple[Tensor | None, None, None]:
+        ctx.finalizer.detach()
+        assert ctx.sent.gradient is not None
+        grad_BTD = ctx.sent.gradient.wait()
+        return (grad_BTD.to(ctx.device) if grad_BTD is not None else None), None, None
+
+
+class _Receive(torch.autograd.Function):
+    """The trunk's output arrives; in backward its gradient leaves."""
+
+    @staticmethod
+    def forward(ctx: Any, ticket: Tensor, link: Link, sent: Sent) -> Tensor:
+        ctx.link, ctx.sent = link, sent
+        out_BTD = sent.output.wait()
+        assert out_BTD is not None
+        return out_BTD.to(ticket.device)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+        refuse_not_finite(
+            grads[0],
+            "the gradient at the upper cut",
+            "the loss is NaN or infinite; nothing was sent; lower the learning rate, use bf16 "
+            "instead of fp16, or look at the batch",
+        )
+        ctx.sent.gradient = ctx.link.backward(ctx.sent.number, grads[0])
+        return grads[0].new_zeros(0), None, None
+
+
+def chunks_sent(remote: RemoteTrunk, calls: Sequence[Any]) -> list[Chunk]:
+    """Run each call until its activations have left; return what is on its way, in order."""
+    with remote.sending() as sent:
+        for call in calls:
+            with contextlib.suppress(_ChunkSent):
+                call()
+    return sent

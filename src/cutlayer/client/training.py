@@ -1,0 +1,199 @@
+"""Keep the trunk's optimizer in step with the client's, whatever trainer drives it.
+
+`attach` hooks the client's own torch optimizer: when it steps, the trunk steps, with the same
+settings. The client owns time: schedule, epochs and clipping are computed here, the server is told
+numbers. No round trip is added, because requests keep their order and nobody waits for the step's
+reply.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import TrainerCallback
+
+from cutlayer.client.model import SplitModel
+from cutlayer.errors import ConfigError
+from cutlayer.wire import cutlayer_pb2 as pb
+
+__all__ = ["TrunkOptimizer", "attach"]
+
+_LAYER = re.compile(r"\.\d+\.")
+
+
+class TrunkOptimizer:
+    """The trunk's optimizer as the client sees it."""
+
+    def __init__(self, model: SplitModel) -> None:
+        self._model = model
+        self._clip_factor = 1.0
+        self._declared = False
+        self._parameters = {
+            name: p
+            for name, p in model.named_parameters()  # type: ignore[attr-defined]
+            if p.requires_grad
+        }
+
+    def follow(self, optimizer: torch.optim.Optimizer) -> None:
+        """Make the trunk step whenever `optimizer` steps.
+
+        Raises:
+            ConfigError: If the server has no optimizer of this name.
+        """
+        offered = list(self._model.connection.offer.optimizers)
+        name = type(optimizer).__name__
+        if name not in offered or type(optimizer).__module__.split(".")[0] != "torch":
+            raise ConfigError(
+                f"optimizer {type(optimizer).__module__}.{name} cannot run at the server: choose "
+                f"one of torch.optim's {', '.join(offered)} (--optim adamw_torch)"
+            )
+        optimizer.register_step_post_hook(self._stepped)
+
+    def _stepped(self, optimizer: torch.optim.Optimizer, *_args: Any) -> None:
+        remote = self._model.remote_trunk
+        remote.optimizer_stepped()
+        if not remote.trains:
+            return
+        step = pb.OptimStep(
+            step=remote.step, optimizer=type(optimizer).__name__, clip_factor=self._clip_factor
+        )
+        members = self._members(optimizer) if not self._declared else {}
+        for index, group in enumerate(optimizer.param_groups):
+            step.groups.append(_group_of(group, members.get(index, [])))
+        self._declared, self._clip_factor = True, 1.0
+        self._model.connection.request(pb.Head(optim_step=step), unattended=True)
+
+    def _members(self, optimizer: torch.optim.Optimizer) -> dict[int, list[str]]:
+        """Put each parameter of the trunk into the group of its twin in another layer.
+
+        So decay and learning rate depend on the kind of parameter, as the trainer meant it. What
+        has no twin here (the client trains nothing of the kind) goes to the first group.
+        """
+        index_of = {
+            id(p): i for i, group in enumerate(optimizer.param_groups) for p in group["params"]
+        }
+        twins = {
+            _LAYER.sub(".", name, count=1): index_of[id(p)]
+            for name, p in self._parameters.items()
+            if id(p) in index_of
+        }
+        members: dict[int, list[str]] = {}
+        for name in self._model.connection.parameters:
+            members.setdefault(twins.get(_LAYER.sub(".", name, count=1), 0), []).append(name)
+        return members
+
+    def clip_grad_norm_(
+        self, parameters: Iterable[Tensor] | Tensor, max_norm: float, norm_type: float = 2.0
+    ) -> Tensor:
+        """Clip by the norm over all parts; takes the place of `torch.nn.utils.clip_grad_norm_`.
+
+        The server's norms came with its last gradient. All norms are stacked in the unsplit
+        model's order and the factor is computed as torch does, so it is bit-equal.
+
+        Raises:
+            ConfigError: If another norm than the 2-norm is asked for.
+        """
+        if float(norm_type) != 2.0:
+            raise ConfigError(f"clipping by the {norm_type}-norm cannot be split: use the 2-norm")
+        wanted = {id(p) for p in ([parameters] if isinstance(parameters, Tensor) else parameters)}
+        named = {
+            name: p
+            for name, p in self._parameters.items()
+            if id(p) in wanted and p.grad is not None
+        }
+        grads = [p.grad for p in named.values() if p.grad is not None]
+        own = dict(zip(named, torch._foreach_norm(grads) if grads else [], strict=True))
+        norms = self._in_unsplit_order(own)
+        if not norms:
+            return torch.tensor(0.0)
+        total_norm = torch.linalg.vector_norm(torch.stack(norms))
+        factor = torch.clamp(max_norm / (total_norm + 1e-6), max=1.0)
+        if grads:
+            torch._foreach_mul_(grads, factor)
+        self._clip_factor *= float(factor)
+        return total_norm
+
+    def _in_unsplit_order(self, own: dict[str, Tensor]) -> list[Tensor]:
+        connection, plan = self._model.connection, self._model.plan
+        theirs: dict[str, Tensor] = {}
+        if connection.norms is not None and self._model.remote_trunk.trains:
+            theirs = dict(zip(connection.parameters, connection.norms.unbind(), strict=True))
+        device = next(iter(own.values())).device if own else torch.device("cpu")
+        return [
+            norm.to(device)
+            for name in plan.order
+            for norm in (own.get(name), theirs.get(name))
+            if norm is not None
+        ]
+
+
+def _group_of(group: dict[str, Any], names: list[str]) -> pb.ParamGroup:
+    told = pb.ParamGroup(names=names)
+    for key, value in group.items():
+        if isinstance(value, bool):
+            told.flags[key] = value
+        elif isinstance(value, int | float):
+            told.numbers[key] = value
+        elif isinstance(value, Tensor) and value.numel() == 1:
+            told.numbers[key] = float(value)
+        elif key == "betas":
+            told.betas.extend(map(float, value))
+    return told
+
+
+class _TrainerLink(TrainerCallback):
+    """Tie a transformers Trainer to the trunk: optimizer, clipping, checkpoints."""
+
+    def __init__(self, trainer: Any, model: SplitModel) -> None:
+        self._trainer = trainer
+        self._model = model
+        self._trunk = TrunkOptimizer(model)
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Follow the optimizer that the trainer has made by now."""
+        if args.fp16:
+            raise ConfigError("fp16 with loss scaling cannot be split: use bf16 or float32")
+        optimizer = self._trainer.optimizer
+        self._trunk.follow(getattr(optimizer, "optimizer", optimizer))
+        self._trainer.accelerator.clip_grad_norm_ = self._trunk.clip_grad_norm_
+        if state.global_step:
+            head = pb.Head(load_state=pb.LoadState(step=state.global_step))
+            self._model.connection.request(head).wait()
+            self._model.remote_trunk.step = state.global_step
+            self._trunk._declared = True
+
+    def on_save(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Have the server keep its half of this checkpoint."""
+        head = pb.Head(save_state=pb.SaveState(step=state.global_step))
+        self._model.connection.request(head).wait()
+
+
+def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
+    """Make the trunk's optimizer follow a trainer's, or a plain loop's.
+
+    Args:
+        driver: A transformers or TRL trainer, or a torch optimizer.
+        model: The connected model; only with a torch optimizer.
+
+    Returns:
+        The trunk's optimizer, whose `clip_grad_norm_` a plain loop calls instead of torch's.
+
+    Raises:
+        ConfigError: If the trainer's model is not connected, or the optimizer is not supported.
+    """
+    if isinstance(driver, torch.optim.Optimizer):
+        if not isinstance(model, SplitModel):
+            raise ConfigError("attach(optimizer, model) needs the model that connect() returned")
+        trunk = TrunkOptimizer(model)
+        trunk.follow(driver)
+        return trunk
+    split = getattr(driver, "model", None)
+    if not isinstance(split, SplitModel):
+        raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    link = _TrainerLink(driver, split)
+    driver.add_callback(link)
+    return link._trunk

@@ -1,0 +1,164 @@
+"""Put a server together: a model's trunk, its sessions, gRPC, health and reflection."""
+
+from __future__ import annotations
+
+import logging
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import grpc
+import torch
+import transformers
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from importlib.metadata import version
+from cutlayer.errors import ConfigError
+from cutlayer.server.service import SERVICE, TrunkService
+from cutlayer.server.sessions import Limits, Sessions
+from cutlayer.server.store import Store
+from cutlayer.server.trunk import SharedTrunk
+from cutlayer.split.cut import Cut
+from cutlayer.split.loading import (
+    config_digest,
+    layer_digests,
+    load_trunk,
+    open_checkpoint,
+    skeleton_of,
+)
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.agreement import PROTOCOL
+from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES
+from cutlayer.wire.tensors import DTYPES
+
+__all__ = ["Server", "make_server"]
+
+log = logging.getLogger(__name__)
+
+_STREAMS = 256
+
+
+@dataclass
+class Server:
+    """A running server."""
+
+    grpc_server: grpc.Server
+    sessions: Sessions
+    health: health.HealthServicer
+    port: int
+
+    def stop(self, grace_s: float = 5.0) -> None:
+        """Take no new work, finish the requests in flight, keep what is to be kept."""
+        self.health.enter_graceful_shutdown()
+        self.grpc_server.stop(grace_s).wait()
+        self.sessions.stop()
+
+
+def make_server(
+    model: str,
+    *,
+    bottom_layers: int,
+    top_layers: int,
+    credentials: grpc.ServerCredentials | None,
+    state_dir: Path,
+    host: str = "0.0.0.0",  # noqa: S104  # a server is there to be reached
+    port: int = 7443,
+    task: str = "causal-lm",
+    revision: str | None = None,
+    dtype: str = "float32",
+    attn_implementation: str | None = None,
+    device: str = "cpu",
+    keep_adapter: bool = False,
+    limits: Limits | None = None,
+) -> Server:
+    """Load a trunk and serve it.
+
+    Args:
+        model: A folder or a hub id.
+        bottom_layers: Layers that every client keeps at least below the trunk.
+        top_layers: Layers that every client keeps at least above it.
+        credentials: TLS credentials; `None` serves plaintext.
+        state_dir: Where tenants' states are kept.
+        host: Address to listen at.
+        port: Port to listen at, 0 for any free one.
+        task: `causal-lm` or `sequence-classification`.
+        revision: The model's revision on the hub.
+        dtype: The trunk's dtype.
+        attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
+        device: Where the trunk computes.
+        keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
+        limits: What a tenant may ask.
+
+    Raises:
+        ConfigError: If the port is taken or the dtype unknown.
+        ModelError: If the model cannot be found, cut or loaded.
+    """
+    if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
+        raise ConfigError(f"--dtype '{dtype}' is unknown: float32, bfloat16 or float16")
+    checkpoint = open_checkpoint(model, revision=revision)
+    skeleton = skeleton_of(checkpoint.config, task)
+    cut = Cut.leaving(
+        bottom_layers=bottom_layers,
+        top_layers=top_layers,
+        num_layers=skeleton.anatomy.num_layers,
+    )
+    settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
+    loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
+    trunk = SharedTrunk(loaded.to(torch.device(device)), skeleton.anatomy, cut)  # type: ignore[arg-type]
+    agreement = pb.Agreement(
+        protocol=PROTOCOL,
+        transformers_major=transformers.__version__.partition(".")[0],
+        task=task,
+        model_type=checkpoint.config.model_type,
+        revision=checkpoint.revision,
+        config_digest=config_digest(checkpoint.config),
+        layer_digests=layer_digests(checkpoint, skeleton.anatomy, cut, trunk=True),
+        num_layers=skeleton.anatomy.num_layers,
+        lower=cut.lower,
+        upper=cut.upper,
+        dtype=dtype,
+        attn_implementation=loaded.config._attn_implementation or "",
+    )
+    sessions = Sessions(
+        trunk, agreement, Store(state_dir), limits=limits, keeps_adapter=keep_adapter
+    )
+    offer = sessions.offer()
+    offer.model_id, offer.version = Path(model).name, version("cutlayer")
+    return _listen(sessions, offer, f"{host}:{port}", credentials)
+
+
+def _listen(
+    sessions: Sessions, offer: pb.Offer, address: str, credentials: grpc.ServerCredentials | None
+) -> Server:
+    server = grpc.server(
+        ThreadPoolExecutor(_STREAMS, thread_name_prefix="grpc"),
+        options=[
+            ("grpc.max_receive_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
+            ("grpc.max_send_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
+            ("grpc.so_reuseport", 0),
+            ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+        ],
+        maximum_concurrent_rpcs=2 * _STREAMS,
+    )
+    servicer = health.HealthServicer()
+    server.add_generic_rpc_handlers((TrunkService(sessions, offer),))
+    health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
+    reflection.enable_server_reflection(
+        (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
+    )
+    try:
+        port = (
+            server.add_secure_port(address, credentials)
+            if credentials is not None
+            else server.add_insecure_port(address)
+        )
+    except RuntimeError:
+        port = 0
+    if port == 0:
+        raise ConfigError(f"cannot listen at {address}: the port is taken or not allowed")
+    server.start()
+    for name in ("", SERVICE):
+        servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
+    return Server(server, sessions, servicer, port)

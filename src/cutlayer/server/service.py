@@ -1,0 +1,168 @@
+"""The gRPC handlers. They know frames and sessions, and no tensors."""
+
+from __future__ import annotations
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from typing import Any
+
+import grpc
+
+from cutlayer.errors import CutlayerError, ProtocolError
+from cutlayer.server.access import tenant_of
+from cutlayer.server.sessions import Reply, Session, Sessions
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.frames import Assembler, frames_of
+
+__all__ = ["SERVICE", "TrunkService"]
+
+log = logging.getLogger(__name__)
+
+SERVICE = "cutlayer.v1.Trunk"
+_WORKING_EVERY_S = 2.0
+
+
+class TrunkService(grpc.GenericRpcHandler):
+    """Serve the methods of `service Trunk` in cutlayer.proto."""
+
+    def __init__(self, sessions: Sessions, offer: pb.Offer) -> None:
+        self._sessions = sessions
+        self._offer = offer
+        unary: dict[str, tuple[Callable[..., Any], Any]] = {
+            "Describe": (self._describe, pb.DescribeRequest),
+            "OpenSession": (self._open, pb.OpenSessionRequest),
+            "CloseSession": (self._close, pb.CloseSessionRequest),
+        }
+        self._handlers = {
+            f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(
+                _told_by_code(do),
+                request_deserializer=kind.FromString,
+                response_serializer=lambda reply: reply.SerializeToString(),
+            )
+            for name, (do, kind) in unary.items()
+        }
+        self._handlers[f"/{SERVICE}/Exchange"] = grpc.stream_stream_rpc_method_handler(
+            self._exchange
+        )
+
+    def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
+        """Return the handler of a method, for gRPC."""
+        return self._handlers.get(handler_call_details.method)
+
+    def _describe(self, _asked: pb.DescribeRequest, _context: grpc.ServicerContext) -> pb.Offer:
+        return self._offer
+
+    def _open(
+        self, asked: pb.OpenSessionRequest, context: grpc.ServicerContext
+    ) -> pb.OpenSessionReply:
+        session = self._sessions.open(tenant_of(context), asked)
+        return pb.OpenSessionReply(
+            session=session.identifier,
+            parameters=[
+                pb.Parameter(name=name, shape=list(parameter.shape))
+                for name, parameter in session.trunk.parameters.items()
+            ],
+            keeps_adapter=self._sessions.keeps_adapter,
+        )
+
+    def _close(
+        self, asked: pb.CloseSessionRequest, context: grpc.ServicerContext
+    ) -> pb.CloseSessionReply:
+        self._sessions.close(self._sessions.get(tenant_of(context), asked.session))
+        return pb.CloseSessionReply()
+
+    def _exchange(
+        self, requests: Iterator[bytes], context: grpc.ServicerContext
+    ) -> Iterator[bytes]:
+        try:
+            metadata = {item[0]: item[1] for item in context.invocation_metadata()}
+            identifier = str(metadata.get("cutlayer-session", ""))
+            session = self._sessions.get(tenant_of(context), identifier)
+        except CutlayerError as error:
+            yield from frames_of(_failure(error), [])
+            return
+        stream = _Stream(self._sessions, session, requests)
+        try:
+            yield from stream.replies()
+        finally:
+            self._sessions.close(session)
+
+
+class _Stream:
+    """One session's stream: a thread reads requests, the trunk's thread works, gRPC's sends."""
+
+    def __init__(self, sessions: Sessions, session: Session, requests: Iterator[bytes]) -> None:
+        self._sessions = sessions
+        self._session = session
+        self._requests = requests
+        self._outgoing: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
+        self._asked = 0
+        self._room = threading.Semaphore(2 * session.limits.max_pending)
+
+    def replies(self) -> Iterator[bytes]:
+        """Yield the frames of the replies until the client has no more requests."""
+        threading.Thread(target=self._read, name="exchange", daemon=True).start()
+        answered = 0
+        while True:
+            try:
+                reply = self._outgoing.get(timeout=_WORKING_EVERY_S)
+            except queue.Empty:
+                if self._asked > answered:
+                    yield from frames_of(pb.Head(working=pb.Working()), [])
+                continue
+            if reply is None:
+                return
+            answered += 1
+            yield from frames_of(*reply)
+
+    def _read(self) -> None:
+        assembler = Assembler(max_message_bytes=self._session.limits.max_message_bytes)
+        last: Future[Any] | None = None
+        try:
+            for frame in self._requests:
+                message = assembler.feed(frame)
+                if message is None:
+                    continue
+                # A client that never reads its replies stops being read.
+                self._room.acquire()
+                self._asked += 1
+                arrived_s = time.monotonic()
+                last = self._sessions.on_trunk(
+                    lambda m=message, at=arrived_s: self._answer(m, at)
+                )
+        except ProtocolError as error:
+            self._outgoing.put((_failure(error), []))
+        except Exception:  # the stream broke: gRPC raises its own, the pool may be shut down
+            log.info("the stream of tenant %s ended", self._session.tenant)
+        if last is not None:
+            last.add_done_callback(lambda _done: self._outgoing.put(None))
+        else:
+            self._outgoing.put(None)
+
+    def _answer(self, message: Any, arrived_s: float) -> None:
+        self._outgoing.put(self._session.answer(message, arrived_s))
+        self._room.release()
+
+
+def _failure(error: CutlayerError) -> pb.Head:
+    return pb.Head(failure=pb.Failure(code=error.code, message=str(error)))
+
+
+def _told_by_code(do: Callable[..., Any]) -> Callable[..., Any]:
+    """Tell an error of ours by its code; of any other only that it happened."""
+
+    def handle(asked: Any, context: grpc.ServicerContext) -> Any:
+        try:
+            return do(asked, context)
+        except CutlayerError as error:
+            context.set_trailing_metadata((("cutlayer-code", error.code),))
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except Exception as error:
+            log.exception("a control call failed")
+            context.abort(grpc.StatusCode.INTERNAL, f"the server failed ({type(error).__name__})")
+
+    return handle

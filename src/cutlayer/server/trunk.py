@@ -1,0 +1,383 @@
+"""The frozen trunk and each tenant's own module tree over the same weights.
+
+Every tenant gets a copy of the module tree whose frozen parameters and buffers are the shared
+ones, by address, and stock peft on that copy. One peft model with `set_adapter` between tenants
+would be smaller and wrong: between a tenant's forward and its backward another tenant's turn
+switches gradients off without a warning (design, 2.5).
+"""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+import contextlib
+import copy
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import PeftModel, set_peft_model_state_dict
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+
+from cutlayer.errors import ConfigError, ProtocolError, Refused
+from cutlayer.split.adapters import ADAPTER, TrunkLora, adapter_state, seed_adapter, trunk_config
+from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
+
+__all__ = ["OPTIMIZERS", "Group", "SharedTrunk", "TenantTrunk"]
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    cls.__name__: cls
+    for cls in (
+        torch.optim.AdamW,
+        torch.optim.Adam,
+        torch.optim.NAdam,
+        torch.optim.RAdam,
+        torch.optim.Adamax,
+        torch.optim.Adafactor,
+        torch.optim.Adagrad,
+        torch.optim.RMSprop,
+        torch.optim.SGD,
+    )
+}
+
+
+@dataclass(frozen=True)
+class Group:
+    """One parameter group of an optimizer, as the client's optimizer has it at this step."""
+
+    numbers: Mapping[str, float]
+    flags: Mapping[str, bool]
+    betas: tuple[float, ...] = ()
+    names: tuple[str, ...] = ()
+    """The trunk's parameters in this group; asked for at the first step only."""
+
+
+@dataclass(frozen=True)
+class SharedTrunk:
+    """The frozen trunk that all tenants share."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    cut: Cut
+
+    def __post_init__(self) -> None:
+        self.model.requires_grad_(False)
+        self.model.eval()
+
+    @property
+    def device(self) -> torch.device:
+        """Where the trunk is."""
+        return next(self.model.parameters()).device
+
+    def tenant(
+        self, cut: Cut, lora: TrunkLora, *, gradient_checkpointing: bool = False
+    ) -> TenantTrunk:
+        """Return a module tree of one tenant's own over the shared weights.
+
+        Args:
+            cut: The tenant's cut, within this trunk's.
+            lora: The tenant's LoRA; without targets the tenant only runs the base model.
+            gradient_checkpointing: Keep layer inputs only and compute the rest again.
+
+        Raises:
+            ConfigError: If a target is no module of this trunk that can carry a LoRA.
+        """
+        shared = {id(t): t for t in (*self.model.parameters(), *self.model.buffers())}
+        model = copy.deepcopy(self.model, memo=shared)  # type: ignore[arg-type]
+        # The copy's layers outside the tenant's own cut become pass-throughs; hooks come after.
+        keep_trunk(model, self.anatomy, cut)
+        return TenantTrunk(model, self.anatomy, cut, lora, gradient_checkpointing)
+
+
+@dataclass
+class _Kept:
+    """What a forward leaves for its backward."""
+
+    smashed_BTD: Tensor
+    out_BTD: Tensor
+
+
+@dataclass
+class _CacheSlot:
+    cache: DynamicCache
+    past_tokens: int = 0
+
+
+@dataclass
+class TenantTrunk:
+    """One tenant's trunk: adapter, optimizer, pending graphs and KV caches."""
+
+    model: PreTrainedModel
+    anatomy: Anatomy
+    cut: Cut
+    lora: TrunkLora
+    gradient_checkpointing: bool = False
+    optimizer: torch.optim.Optimizer | None = None
+    step: int = 0
+    _kept: dict[int, _Kept] = field(default_factory=dict)
+    _caches: dict[int, _CacheSlot] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.peft: PeftModel | None = None
+        if self.lora.targets:
+            try:
+                self.peft = PeftModel(self.model, trunk_config(self.lora), ADAPTER)
+            except ValueError as error:
+                raise ConfigError(f"the LoRA does not fit this trunk: {error}") from None
+            seed_adapter(self.peft, self.lora.seed)
+        # The hooks of `Trunk` sit on the layers of this copy, outside what is checkpointed.
+        self._trunk = Trunk(self.model, self.anatomy, self.cut)
+        if self.gradient_checkpointing:
+            for layer in list(self.anatomy.layers(self.model))[self.cut.lower : self.cut.upper]:
+                layer.__dict__["forward"] = functools.partial(_checkpointed, layer)
+
+    @property
+    def parameters(self) -> dict[str, nn.Parameter]:
+        """The trainable parameters, by their name in the unsplit PeftModel."""
+        named = self.peft.named_parameters() if self.peft is not None else ()
+        return {name: p for name, p in named if p.requires_grad}
+
+    @property
+    def pending(self) -> int:
+        """How many forwards wait for their backward."""
+        return len(self._kept)
+
+    # ------------------------------------------------------------------ forward and backward
+
+    def forward(
+        self,
+        sequence: int,
+        smashed_BTD: Tensor,
+        carried: dict[str, Tensor],
+        *,
+        training: bool = False,
+        keep_graph: bool = False,
+        wants_gradient: bool = False,
+        seed: int = 0,
+        autocast: torch.dtype | None = None,
+        adapter_disabled: bool = False,
+        cache: int = 0,
+        past_tokens: int = 0,
+        cache_rows: Sequence[int] = (),
+    ) -> Tensor:
+        """Return the trunk's output, (B, T, D).
+
+        Args:
+            sequence: The request's number, under which a kept graph is found again.
+            smashed_BTD: The activations that came up.
+            carried: The attention mask and position ids that came with them.
+            training: Whether dropout is on.
+            keep_graph: Keep the graph for a `backward`.
+            wants_gradient: Whether the backward must give the gradient of the activations.
+            seed: Seed of the dropout of this very call.
+            autocast: The dtype of autocast, if the client runs under it.
+            adapter_disabled: Run the base model.
+            cache: The number of the KV cache to read and extend, 0 for none.
+            past_tokens: How many tokens that cache must hold before this call.
+            cache_rows: Which rows of the cache the rows of this call continue, when they moved.
+
+        Raises:
+            Refused: If the cache is not as the client believes it is.
+        """
+        device = next(self.model.parameters()).device
+        smashed_BTD = smashed_BTD.to(device)
+        carried = {name: tensor.to(device) for name, tensor in carried.items()}
+        if self.model.training != training:
+            self.model.train(training)
+        if keep_graph and wants_gradient:
+            smashed_BTD.requires_grad_(True)
+        slot = self._slot(cache, past_tokens, cache_rows) if cache else None
+        with (
+            torch.set_grad_enabled(keep_graph),
+            torch.random.fork_rng(enabled=training, devices=_devices(device)),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+            self._adapter_off() if adapter_disabled else contextlib.nullcontext(),
+        ):
+            if training:
+                torch.manual_seed(seed)
+            out_BTD = self._trunk(smashed_BTD, carried, cache=slot.cache if slot else None)
+        if slot:
+            slot.past_tokens += smashed_BTD.shape[1]
+        if keep_graph:
+            self._kept[sequence] = _Kept(smashed_BTD, out_BTD)
+        return out_BTD.detach()
+
+    def _adapter_off(self) -> Any:
+        return self.peft.disable_adapter() if self.peft is not None else contextlib.nullcontext()
+
+    def backward(self, forward_sequence: int, grad_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
+        """Accumulate the adapter's gradients and free the graph.
+
+        Returns:
+            The gradient of the activations, (B, T, D), if the forward was told to give it, and
+            the 2-norm of each parameter's accumulated gradient, in the order of `parameters`.
+
+        Raises:
+            ProtocolError: If there is no such graph, or the gradient has another shape or dtype.
+        """
+        kept = self._kept.get(forward_sequence)
+        if kept is None:
+            raise ProtocolError(
+                f"there is no graph of forward {forward_sequence}: a graph lives for one backward "
+                "(retain_graph is not supported through the split)"
+            )
+        out_BTD = kept.out_BTD
+        if grad_BTD.shape != out_BTD.shape or grad_BTD.dtype != out_BTD.dtype:
+            raise ProtocolError(
+                f"gradient of shape {tuple(grad_BTD.shape)} and {grad_BTD.dtype} came for an "
+                f"output of shape {tuple(out_BTD.shape)} and {out_BTD.dtype}"
+            )
+        del self._kept[forward_sequence]
+        if out_BTD.requires_grad:
+            out_BTD.backward(grad_BTD.to(out_BTD.device))
+        return kept.smashed_BTD.grad, self.gradient_norms()
+
+    def gradient_norms(self) -> Tensor:
+        """Return the 2-norm of each accumulated gradient; one sum of squares is not bit-equal."""
+        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+        if len(grads) != len(self.parameters):
+            return torch.zeros(len(self.parameters))
+        return torch.stack(torch._foreach_norm(grads)).cpu() if grads else torch.zeros(0)
+
+    def discard(self, forward_sequence: int) -> None:
+        """Free the graph of a forward that will have no backward."""
+        self._kept.pop(forward_sequence, None)
+
+    def zero_grad(self) -> None:
+        """Drop the accumulated gradients."""
+        for parameter in self.parameters.values():
+            parameter.grad = None
+
+    # ------------------------------------------------------------------ KV caches
+
+    def _slot(self, number: int, past_tokens: int, rows: Sequence[int]) -> _CacheSlot:
+        if past_tokens == 0:
+            self._caches[number] = _CacheSlot(DynamicCache(config=self.model.config))
+        slot = self._caches.get(number)
+        if slot is None:
+            raise Refused(
+                f"KV cache {number} is not held here any more: start the generation again"
+            )
+        if past_tokens != slot.past_tokens:
+            raise Refused(
+                f"KV cache {number} holds {slot.past_tokens} tokens and {past_tokens} were "
+                "expected: a cache that was copied or filled elsewhere cannot be continued"
+            )
+        if rows:
+            slot.cache.reorder_cache(torch.tensor(list(rows)))
+        return slot
+
+    def drop_cache(self, number: int) -> None:
+        """Free a KV cache."""
+        self._caches.pop(number, None)
+
+    # ------------------------------------------------------------------ the optimizer
+
+    def optim_step(
+        self, step: int, optimizer: str, groups: Sequence[Group], clip_factor: float
+    ) -> None:
+        """Clip by the factor that the client computed from all norms, step, and zero.
+
+        Raises:
+            Refused: If the optimizer or its settings are not those of the table.
+        """
+        if self.optimizer is None:
+            self.optimizer = self._make_optimizer(optimizer, groups)
+        for group, given in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update(given.numbers)
+            if given.betas:
+                group["betas"] = given.betas
+        if clip_factor != 1.0:
+            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
+            if grads:
+                torch._foreach_mul_(grads, torch.tensor(clip_factor, device=grads[0].device))
+        self.optimizer.step()
+        self.zero_grad()
+        self.step = step
+
+    def _make_optimizer(self, name: str, groups: Sequence[Group]) -> torch.optim.Optimizer:
+        if name not in OPTIMIZERS:
+            raise Refused(f"optimizer '{name}' is unknown: one of {', '.join(OPTIMIZERS)}")
+        mine = self.parameters
+        named = [parameter for group in groups for parameter in group.names]
+        if sorted(named) != sorted(mine):
+            raise Refused(
+                f"the optimizer's groups name {len(named)} parameters and the trunk trains "
+                f"{len(mine)}: each must be in exactly one group"
+            )
+        try:
+            return OPTIMIZERS[name](
+                [
+                    {
+                        "params": [mine[n] for n in group.names],
+                        **group.numbers,
+                        **group.flags,
+                        **({"betas": group.betas} if group.betas else {}),
+                    }
+                    for group in groups
+                ]
+            )
+        except (TypeError, ValueError) as error:
+            raise Refused(f"optimizer {name} refuses its settings: {error}") from None
+
+    def optimizer_tensors(self) -> dict[str, Tensor]:
+        """Return the optimizer's state as `parameter|key` to tensor."""
+        if self.optimizer is None:
+            return {}
+        return {
+            f"{name}|{key}": torch.as_tensor(value).detach()
+            for name, parameter in self.parameters.items()
+            for key, value in self.optimizer.state.get(parameter, {}).items()
+        }
+
+    def restore_optimizer(
+        self, name: str, groups: Sequence[Group], tensors: Mapping[str, Tensor]
+    ) -> None:
+        """Make the optimizer anew with the state that `optimizer_tensors` gave.
+
+        Raises:
+            Refused: If the optimizer or its settings are not those of the table.
+        """
+        self.optimizer = self._make_optimizer(name, groups)
+        mine = self.parameters
+        for key, tensor in tensors.items():
+            parameter, _, slot = key.partition("|")
+            self.optimizer.state[mine[parameter]][slot] = tensor.to(mine[parameter].device)
+
+    # ------------------------------------------------------------------ the adapter
+
+    def export_adapter(self) -> dict[str, Tensor]:
+        """Return the trunk's half of the adapter under the names of an adapter file."""
+        return adapter_state(self.peft) if self.peft is not None else {}
+
+    def import_adapter(self, state: Mapping[str, Tensor]) -> None:
+        """Take up the trunk's half of an adapter.
+
+        Raises:
+            Refused: If names or shapes are not those of this session's LoRA.
+        """
+        mine = self.export_adapter()
+        wrong = sorted(mine.keys() ^ state.keys()) or [
+            name for name, tensor in mine.items() if tensor.shape != state[name].shape
+        ]
+        if wrong or self.peft is None:
+            raise Refused(
+                f"the adapter does not fit this session's LoRA (first at '{(wrong or ['-'])[0]}'): "
+                "use the LoRA config it was trained with"
+            )
+        set_peft_model_state_dict(self.peft, dict(state), adapter_name=ADAPTER)
+
+
+def _devices(device: torch.device) -> list[torch.device]:
+    return [] if device.type == "cpu" else [device]
+
+
+def _checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
+    forward = type(layer).forward.__get__(layer)
+    if not torch.is_grad_enabled():
+        return forward(*args, **kwargs)
+    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

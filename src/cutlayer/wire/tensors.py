@@ -1,0 +1,117 @@
+"""Turn tensors into the body of a message and back. Nothing is ever unpickled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+
+import torch
+from torch import Tensor
+
+from cutlayer.errors import NotFinite, ProtocolError
+from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.cutlayer_pb2 import Head, TensorMeta
+from cutlayer.wire.frames import Message
+
+__all__ = ["DTYPES", "attach_tensors", "bytes_of", "dtype_name", "read_tensors", "refuse_not_finite"]
+
+DTYPES: dict[str, torch.dtype] = {
+    "float64": torch.float64,
+    "float32": torch.float32,
+    "float16": torch.float16,
+    "bfloat16": torch.bfloat16,
+    "int64": torch.int64,
+    "int32": torch.int32,
+    "uint8": torch.uint8,
+    "bool": torch.bool,
+}
+
+_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+_MAX_DIMS = 4
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """Return the name under which a dtype crosses the wire.
+
+    Raises:
+        ProtocolError: If the dtype has none.
+    """
+    if dtype not in _NAMES:
+        raise ProtocolError(f"tensors of {dtype} cannot be sent: one of {', '.join(DTYPES)}")
+    return _NAMES[dtype]
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """Return a view of a tensor's bytes; only a tensor elsewhere or with gaps is copied."""
+    flat = tensor.detach().contiguous().cpu().view(-1)
+    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+
+
+def attach_tensors(
+    head: Head, tensors: Mapping[str, Tensor], *, codecs: Mapping[str, str] | None = None
+) -> list[memoryview]:
+    """Describe the tensors in the head and return the parts of the body.
+
+    Args:
+        head: The head, to which the metas are added.
+        tensors: What to send, by name.
+        codecs: The codec of each tensor by name; `raw` where none is named.
+    """
+    parts = []
+    for name, tensor in tensors.items():
+        codec = (codecs or {}).get(name, "raw")
+        payload = bytes_of(CODECS[codec].encode(tensor))
+        head.tensors.append(
+            TensorMeta(
+                name=name,
+                dtype=dtype_name(tensor.dtype),
+                shape=list(tensor.shape),
+                codec=codec,
+                nbytes=len(payload),
+            )
+        )
+        parts.append(payload)
+    return parts
+
+
+def read_tensors(message: Message) -> dict[str, Tensor]:
+    """Return the tensors of a message by name; they share the memory of its body.
+
+    Raises:
+        ProtocolError: If a dtype or codec is unknown, a name comes twice, or the bytes are not
+            what shape, dtype and codec ask for.
+    """
+    tensors: dict[str, Tensor] = {}
+    offset = 0
+    for meta in message.head.tensors:
+        if meta.dtype not in DTYPES or meta.codec not in CODECS or meta.name in tensors:
+            raise ProtocolError(
+                f"tensor '{meta.name}' of dtype '{meta.dtype}' and codec '{meta.codec}' "
+                "comes twice or is of an unknown kind"
+            )
+        codec, dtype, shape = CODECS[meta.codec], DTYPES[meta.dtype], tuple(meta.shape)
+        stored = codec.stored_dtype(dtype)
+        if len(shape) > _MAX_DIMS or prod(shape) * stored.itemsize != meta.nbytes:
+            raise ProtocolError(
+                f"tensor '{meta.name}' of shape {shape} and dtype {meta.dtype} in codec "
+                f"{meta.codec} cannot have {meta.nbytes} bytes"
+            )
+        part = message.body[offset : offset + meta.nbytes]
+        offset += meta.nbytes
+        # A slice of the body may start off the dtype's alignment; clone then, which is rare.
+        flat = torch.frombuffer(part, dtype=torch.uint8) if len(part) else torch.empty(0, dtype=torch.uint8)
+        if flat.data_ptr() % stored.itemsize:
+            flat = flat.clone()
+        tensors[meta.name] = codec.decode(flat.view(stored).view(shape), dtype)
+    return tensors
+
+
+def refuse_not_finite(tensor: Tensor, what: str, hint: str) -> None:
+    """Raise unless every value is a number.
+
+    Raises:
+        NotFinite: With what it is, how many values are not finite, and what to do.
+    """
+    if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise NotFinite(f"{what} has {bad} of {tensor.numel()} values that are NaN or infinite: {hint}")
