@@ -111,8 +111,8 @@ def convert(gguf: Path, folder: Path, shards: int) -> None:
 
     # bfloat16, half the bytes of float32: de-quantised 4-bit values are not all exact in bfloat16,
     # but the rounding (0.14 % of a weight matrix's norm at most) is far below the 4-bit rounding
-    # already in the file, SmolLM2 itself was published in bfloat16, and the loss on ordinary text
-    # does not move (see the docs).  Loading with dtype=float32 widens these values exactly, so a
+    # already in the file, SmolLM2 itself was published in bfloat16, and perplexity on three texts
+    # was the same (77, 38, 11 in float32; 77, 37, 11 in bfloat16).  Loading with dtype=float32 widens these values exactly, so a
     # float32 run of this folder is as well defined as one from a float32 file.
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
@@ -122,9 +122,12 @@ def convert(gguf: Path, folder: Path, shards: int) -> None:
     model.hf_quantizer = None
     vars(model.config).pop("quantization_config", None)
     model.config.dtype = torch.bfloat16
-    generation: Any = GenerationConfig.from_model_config(model.config)
-    generation._from_model_config = False  # the three ids are this model's own settings
-    model.generation_config = generation
+    generation_config: Any = GenerationConfig
+    model.generation_config = generation_config(
+        bos_token_id=model.config.bos_token_id,
+        eos_token_id=model.config.eos_token_id,
+        pad_token_id=model.config.pad_token_id,
+    )
     sizes = [tensor.numel() * tensor.element_size() for tensor in model.parameters()]
     model.save_pretrained(str(folder), max_shard_size=shard_size(sizes, shards))
 

@@ -53,7 +53,7 @@ FIRST_ORDINARY_ID = 12  # ids below are special
 LAST_ORDINARY_ID = 80  # ids above are placeholders of images, audio, ...
 
 
-class NotBuildable(Exception):  # noqa: N818
+class NotBuildable(Exception):
     """A type that has no small random model here; the message is the reason, in one line."""
 
 

@@ -1,0 +1,219 @@
+"""Read one YAML file: TRL's names as they are, ours under `split_`.
+
+Deleting the `split_` lines leaves a valid TRL config. Every fault of a file is told at once, and
+an unknown key with the nearest known name. No value names an import.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import types
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cutlayer.errors import ConfigError
+
+__all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
+
+
+@dataclass(frozen=True)
+class SplitConfig:
+    """Our keys, without their prefix."""
+
+    server: str
+    """`host:port` of the server."""
+    bottom_layers: int
+    """First layers that stay here."""
+    top_layers: int
+    """Last layers that stay here."""
+    ca: str | None = None
+    """The authority that signed the server's certificate."""
+    cert: str | None = None
+    """Our certificate, for mutual TLS."""
+    key: str | None = None
+    """The key of our certificate."""
+    plaintext: bool = False
+    """Use no TLS."""
+    codec: str = "raw"
+    """How activations and gradients are written on the wire."""
+    chunks: int = 1
+    """Micro-chunks of a training batch."""
+    train: list[str] = field(default_factory=lambda: ["bottom", "trunk", "top"])
+    """Parts on which the LoRA is."""
+    gradient_checkpointing: bool = False
+    """The trunk keeps layer inputs only."""
+    run: str | None = None
+    """Name of the run at the server."""
+    task: str = "causal-lm"
+    """`causal-lm` or `sequence-classification`."""
+    connect_timeout_s: float = 30.0
+    """Seconds to reach the server."""
+    idle_timeout_s: float = 120.0
+    """Seconds without a byte after which the server is dead."""
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run as its file and flags describe it."""
+
+    split: SplitConfig
+    sft: Any
+    """TRL's `SFTConfig`."""
+    model: Any
+    """TRL's `ModelConfig`."""
+    data: Any
+    """TRL's `ScriptArguments`."""
+
+
+def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
+    """Read a run's YAML file, with flags in place of keys.
+
+    Raises:
+        ConfigError: Listing every unknown key, wrong type and missing key.
+    """
+    given = {**_yaml(Path(path)), **{key: _scalar(text) for key, text in overrides.items()}}
+    from trl import ModelConfig, ScriptArguments, SFTConfig
+
+    ours = {f"split_{f.name}": f for f in dataclasses.fields(SplitConfig)}
+    homes = {
+        name: cls
+        for cls in (ScriptArguments, ModelConfig, SFTConfig)
+        for name in _hints(cls)
+    }
+    faults: list[str] = []
+    split: dict[str, Any] = {}
+    trl: dict[type, dict[str, Any]] = {SFTConfig: {}, ModelConfig: {}, ScriptArguments: {}}
+    for key, value in given.items():
+        if key in ours:
+            target, hint = split, _hints(SplitConfig)[key.removeprefix("split_")]
+        elif key in homes:
+            target, hint = trl[homes[key]], _hints(homes[key])[key]
+        else:
+            near = difflib.get_close_matches(key, [*ours, *homes], n=1)
+            faults.append(f"{key} is unknown" + (f": did you mean {near[0]}?" if near else ""))
+            continue
+        try:
+            target[key.removeprefix("split_") if key in ours else key] = _fit(value, hint)
+        except (TypeError, ValueError):
+            faults.append(f"{key} = {value!r} is no {_say(hint)}")
+    faults += [
+        f"{key} is missing"
+        for key, f in ours.items()
+        if f.default is dataclasses.MISSING
+        and f.default_factory is dataclasses.MISSING
+        and key not in given
+    ]
+    faults += ["model_name_or_path is missing"] if "model_name_or_path" not in given else []
+    if faults:
+        raise ConfigError(f"{path}: " + "; ".join(faults))
+    try:
+        return Run(
+            SplitConfig(**split),
+            SFTConfig(**trl[SFTConfig]),
+            ModelConfig(**trl[ModelConfig]),
+            ScriptArguments(**trl[ScriptArguments]),
+        )
+    except (ValueError, TypeError) as error:
+        raise ConfigError(f"{path}: {error}") from error
+
+
+def _yaml(path: Path) -> dict[str, Any]:
+    try:
+        found = yaml.safe_load(path.read_text())
+    except OSError as error:
+        raise ConfigError(f"--config '{path}' cannot be read ({error.strerror})") from error
+    except yaml.YAMLError as error:
+        where = str(error).replace("\n", " ")
+        raise ConfigError(f"--config '{path}' is no YAML: {where}") from error
+    if not isinstance(found, dict) or not all(isinstance(key, str) for key in found):
+        raise ConfigError(f"--config '{path}' must be a list of 'key: value' lines")
+    return found
+
+
+def _scalar(text: str) -> Any:
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
+
+
+def _hints(cls: type) -> dict[str, Any]:
+    hints = typing.get_type_hints(cls)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
+
+
+def _fit(value: Any, hint: Any) -> Any:
+    """Return `value` as `hint` asks; numbers that YAML took for text (`1e-3`) become numbers."""
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    if value is None and (type(None) in options or Any in options):
+        return None
+    for option in options:
+        kind = typing.get_origin(option) or option
+        if kind in (bool, int, float, str, list, dict) and type(value) is kind:
+            return value
+        if kind not in (bool, int, float, str, list, dict, type(None)):
+            return value  # an enum or the like: its own class judges it
+    if float in options and isinstance(value, int | str) and not isinstance(value, bool):
+        return float(value)
+    if int in options and isinstance(value, str):
+        return int(value)
+    if any((typing.get_origin(o) or o) is list for o in options) and isinstance(value, str):
+        return [value]
+    if str in options and not isinstance(value, list | dict) and value is not None:
+        return str(value)
+    raise TypeError
+
+
+def _is_union(hint: Any) -> bool:
+    return typing.get_origin(hint) in (typing.Union, types.UnionType)
+
+
+def _say(hint: Any) -> str:
+    options = typing.get_args(hint) if _is_union(hint) else (hint,)
+    names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
+    return " or ".join(
+        names.get(typing.get_origin(o) or o, str(o)) for o in options if o is not type(None)
+    )
+
+
+def lora_of(run: Run) -> Any:
+    """Return the run's `LoraConfig`, `None` without `use_peft`."""
+    from peft import LoraConfig, TaskType
+
+    model = run.model
+    if not model.use_peft:
+        return None
+    targets = model.lora_target_modules
+    if isinstance(targets, list) and len(targets) == 1:
+        targets = targets[0] if targets[0] == "all-linear" else targets
+    kind = TaskType.SEQ_CLS if run.split.task == "sequence-classification" else TaskType.CAUSAL_LM
+    return LoraConfig(
+        task_type=kind,
+        r=model.lora_r,
+        lora_alpha=model.lora_alpha,
+        lora_dropout=model.lora_dropout,
+        target_modules=targets,
+        modules_to_save=model.lora_modules_to_save,
+        use_rslora=model.use_rslora,
+        use_dora=model.use_dora,
+    )
+
+
+def connect_settings(run: Run) -> dict[str, Any]:
+    """Return the keyword arguments of `connect` for a run."""
+    split = dataclasses.asdict(run.split)
+    return {
+        **split,
+        "model": run.model.model_name_or_path,
+        "revision": None if run.model.model_revision == "main" else run.model.model_revision,
+        "dtype": str(run.model.dtype or "float32"),
+        "attn_implementation": run.model.attn_implementation,
+        "peft_config": lora_of(run),
+        "seed": run.sft.seed,
+    }

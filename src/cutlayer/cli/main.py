@@ -1,0 +1,122 @@
+"""The front door: `cutlayer VERB`. One file a verb; nothing heavy is imported before it is needed."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import json
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from cutlayer.errors import CutlayerError
+
+__all__ = ["main"]
+
+# Verb -> what it does. The module of the same name has `arguments(parser)` and `run(args)`.
+VERBS = {
+    "certs": "make the certificates with which client and server trust each other",
+    "serve": "hold the trunk of a model and train tenants' adapters on it",
+    "preview": "show what a run would train on, send and need; nothing is sent",
+    "doctor": "check server, certificates, versions, weights, cut and link before a run",
+    "train": "fine-tune through the split",
+    "merge": "write a run's adapter as one ordinary PEFT folder",
+    "generate": "generate text through the split",
+    "demo": "show the whole story on this machine",
+}
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one verb; return its exit code, which is that of the error's class (errors.py)."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    verb = next((word for word in argv if not word.startswith("-")), None)
+    parser = _parser(verb)
+    args, rest = parser.parse_known_args(argv)
+    if args.version:
+        from importlib.metadata import version
+
+        print(f"cutlayer {version('cutlayer')}")
+        return 0
+    if args.verb is None:
+        parser.print_help()
+        return 0
+    args.overrides = _overrides(rest, parser, allowed=hasattr(args, "config"))
+    # Nothing is sent to a model hub's telemetry by a tool whose point is what leaves the building.
+    os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    try:
+        return int(importlib.import_module(f"cutlayer.cli.{args.verb}").run(args) or 0)
+    except CutlayerError as error:
+        return _tell(error, getattr(args, "format", "text"))
+    except ModuleNotFoundError as error:
+        return _tell(_missing_extra(error, args.verb), getattr(args, "format", "text"))
+    except KeyboardInterrupt:
+        print(f"cutlayer {args.verb}: interrupted", file=sys.stderr)
+        return 130
+
+
+def _parser(verb: str | None) -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="cutlayer", description="Split-learning fine-tuning of Hugging Face models."
+    )
+    parser.add_argument("--version", action="store_true", help="print the version")
+    verbs = parser.add_subparsers(dest="verb", metavar="VERB")
+    for name, text in VERBS.items():
+        child = verbs.add_parser(name, help=text, description=text.capitalize() + ".")
+        if name == verb:
+            importlib.import_module(f"cutlayer.cli.{name}").arguments(child)
+    return parser
+
+
+def _overrides(
+    rest: Sequence[str], parser: argparse.ArgumentParser, *, allowed: bool
+) -> dict[str, str]:
+    """Read `--key value` and `--key=value` pairs that override the YAML file."""
+    if rest and not allowed:
+        parser.error(f"unknown argument {rest[0]}: see 'cutlayer VERB --help'")
+    found: dict[str, str] = {}
+    words = list(rest)
+    while words:
+        word = words.pop(0)
+        if not word.startswith("--"):
+            parser.error(f"'{word}' stands alone: write --key value")
+        key, equals, value = word[2:].partition("=")
+        if not equals:
+            if not words or (words[0].startswith("--")):
+                parser.error(f"--{key} has no value: write --{key} value")
+            value = words.pop(0)
+        found[key] = value
+    return found
+
+
+def _missing_extra(error: ModuleNotFoundError, verb: str) -> CutlayerError:
+    from cutlayer.errors import ConfigError
+
+    extra = "server" if verb == "serve" else "train"
+    return ConfigError(
+        f"'cutlayer {verb}' needs the package '{error.name}', which is not installed: run "
+        f"pip install 'cutlayer[{extra}]'"
+    )
+
+
+def _tell(error: CutlayerError, form: str) -> int:
+    if form == "json":
+        print(json.dumps({"error": {"code": error.code, "message": str(error)}}))
+    print(f"cutlayer: {error}", file=sys.stderr)
+    return error.exit_code
+
+
+def report(form: str, facts: dict[str, Any], text: str) -> None:
+    """Print a verb's result as JSON or as text."""
+    print(json.dumps(facts, indent=2, default=str) if form == "json" else text)
+
+
+def add_format(parser: argparse.ArgumentParser) -> None:
+    """Add `--format`, which every verb that reports has."""
+    parser.add_argument(
+        "--format", choices=("text", "json"), default="text", help="how to report (default: text)"
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""`cutlayer serve`: hold the trunk of a model and train tenants' adapters on it."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import signal
+import threading
+from pathlib import Path
+
+from cutlayer.errors import ConfigError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    add = parser.add_argument
+    add("--model_name_or_path", required=True, help="a folder or a hub id")
+    add("--model_revision", help="the model's revision on the hub")
+    add("--split_bottom_layers", type=int, required=True, help="first layers that clients keep")
+    add("--split_top_layers", type=int, required=True, help="last layers that clients keep")
+    add("--host", default="0.0.0.0", help="address to listen at (default: every one)")  # noqa: S104
+    add("--port", type=int, default=7443, help="port to listen at (default: 7443; 0: any free)")
+    add("--certs", help="folder of 'cutlayer certs init'")
+    add("--tls_cert", help="the server's certificate, instead of --certs")
+    add("--tls_key", help="the server's private key, instead of --certs")
+    add("--tls_client_ca", help="let only clients in whose certificate this authority signed")
+    add("--mutual_tls", action="store_true", help="the same with the authority of --certs")
+    add("--plaintext", action="store_true", help="no TLS: everybody on the way can read the text")
+    add("--task", default="causal-lm", choices=("causal-lm", "sequence-classification"))
+    add("--dtype", default="float32", help="of the trunk's weights (default: float32)")
+    add("--attn_implementation", help="eager, sdpa, … (default: transformers' choice)")
+    add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
+    add("--state_dir", default="cutlayer-state", help="where tenants' states are kept")
+    add("--keep_adapter", action="store_true", help="never give out the trunk's half of adapters")
+    add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
+    add("--threads", type=int, help="CPU threads of the trunk (default: torch's choice)")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Serve until SIGTERM or Ctrl-C; then finish what is in flight."""
+    import torch
+
+    from cutlayer.server.access import server_credentials
+    from cutlayer.server.app import make_server
+    from cutlayer.server.sessions import Limits
+
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    credentials = None if args.plaintext else server_credentials(*_tls_files(args))
+    server = make_server(
+        args.model_name_or_path,
+        revision=args.model_revision,
+        bottom_layers=args.split_bottom_layers,
+        top_layers=args.split_top_layers,
+        credentials=credentials,
+        state_dir=Path(args.state_dir),
+        host=args.host,
+        port=args.port,
+        task=args.task,
+        dtype=args.dtype,
+        attn_implementation=args.attn_implementation,
+        device=args.device,
+        keep_adapter=args.keep_adapter,
+        limits=Limits(max_sessions=args.max_sessions),
+    )
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    trunk = server.sessions.trunk
+    print(
+        f"serving layers {trunk.cut} of {trunk.anatomy.num_layers} of {args.model_name_or_path} at "
+        f"{args.host}:{server.port} {'in PLAINTEXT' if args.plaintext else 'over TLS'}",
+        flush=True,
+    )
+    stop.wait()
+    server.stop()
+    return 0
+
+
+def _tls_files(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
+    certs = Path(args.certs) if args.certs else None
+    cert = args.tls_cert or (certs and certs / "server.pem")
+    key = args.tls_key or (certs and certs / "server.key")
+    ca = args.tls_client_ca or (certs / "ca.pem" if args.mutual_tls and certs else None)
+    if not cert or not key:
+        raise ConfigError(
+            "TLS needs a certificate: give --certs (made by 'cutlayer certs init'), or --tls_cert "
+            "and --tls_key; --plaintext goes without"
+        )
+    if args.mutual_tls and not ca:
+        raise ConfigError("--mutual_tls needs an authority: give --certs or --tls_client_ca")
+    return Path(cert), Path(key), Path(ca) if ca else None
