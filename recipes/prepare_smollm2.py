@@ -112,8 +112,9 @@ def convert(gguf: Path, folder: Path, shards: int) -> None:
     # bfloat16, half the bytes of float32: de-quantised 4-bit values are not all exact in bfloat16,
     # but the rounding (0.14 % of a weight matrix's norm at most) is far below the 4-bit rounding
     # already in the file, SmolLM2 itself was published in bfloat16, and perplexity on three texts
-    # was the same (77, 38, 11 in float32; 77, 37, 11 in bfloat16).  Loading with dtype=float32 widens these values exactly, so a
-    # float32 run of this folder is as well defined as one from a float32 file.
+    # was the same (77, 38, 11 in float32; 77, 37, 11 in bfloat16).  Loading with dtype=float32
+    # widens these values exactly, so a float32 run of this folder is as well defined as one from a
+    # float32 file.
     model: Any = AutoModelForCausalLM.from_pretrained(
         str(gguf.parent), gguf_file=gguf.name, dtype=torch.float32, local_files_only=True
     )

@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
     """
     folder = Path(args.dir)
     if args.what == "init":
-        hosts = [*args.host, "localhost", "127.0.0.1"]
+        hosts = list(dict.fromkeys([*args.host, "localhost", "127.0.0.1"]))
         make_authority(folder)
         issue(folder, "server", hosts=hosts, server=True)
         issue(folder, args.client)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import re
 import types
 import typing
 from collections.abc import Mapping
@@ -49,7 +50,7 @@ class SplitConfig:
     gradient_checkpointing: bool = False
     """The trunk keeps layer inputs only."""
     run: str | None = None
-    """Name of the run at the server."""
+    """Name of the run at the server; that of output_dir by default."""
     task: str = "causal-lm"
     """`causal-lm` or `sequence-classification`."""
     connect_timeout_s: float = 30.0
@@ -208,8 +209,10 @@ def lora_of(run: Run) -> Any:
 def connect_settings(run: Run) -> dict[str, Any]:
     """Return the keyword arguments of `connect` for a run."""
     split = dataclasses.asdict(run.split)
+    folder = re.sub(r"[^A-Za-z0-9._-]", "-", Path(run.sft.output_dir).resolve().name)
     return {
         **split,
+        "run": run.split.run or folder.lstrip("._-")[:64] or None,
         "model": run.model.model_name_or_path,
         "revision": None if run.model.model_revision == "main" else run.model.model_revision,
         "dtype": str(run.model.dtype or "float32"),

@@ -23,7 +23,6 @@ VERBS = {
     "train": "fine-tune through the split",
     "merge": "write a run's adapter as one ordinary PEFT folder",
     "generate": "generate text through the split",
-    "demo": "show the whole story on this machine",
 }
 
 

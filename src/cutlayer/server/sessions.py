@@ -196,6 +196,9 @@ class Session:
         self.trunk.import_adapter(tensors)
         return {}
 
+    def _do_echo(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"payload": tensors.get("payload", torch.empty(0))}
+
     def _do_save_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.save(head.save_state.step)
         return {}

@@ -262,10 +262,11 @@ class _Organ(nn.Module):
         self._width = width
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first floating-point input, or zeros that take no memory."""
+        """Return the first hidden states among the inputs, or zeros that take no memory."""
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         for tensor in tensors:
-            if tensor.is_floating_point():
+            # A mask may be floating-point too: OPT makes one up and looks positions up by it.
+            if tensor.is_floating_point() and tensor.dim() > 2:
                 return tensor
         zero = torch.zeros((), device=tensors[0].device)
         return zero.expand(*tensors[0].shape, self._width)

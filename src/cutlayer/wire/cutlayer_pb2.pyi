@@ -154,7 +154,7 @@ class TensorMeta(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("sequence", "tensors", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "done", "working", "failure")
+    __slots__ = ("sequence", "tensors", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "done", "working", "failure")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
@@ -167,6 +167,7 @@ class Head(_message.Message):
     IMPORT_ADAPTER_FIELD_NUMBER: _ClassVar[int]
     SAVE_STATE_FIELD_NUMBER: _ClassVar[int]
     LOAD_STATE_FIELD_NUMBER: _ClassVar[int]
+    ECHO_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -182,10 +183,11 @@ class Head(_message.Message):
     import_adapter: ImportAdapter
     save_state: SaveState
     load_state: LoadState
+    echo: Echo
     done: Done
     working: Working
     failure: Failure
-    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("training", "keep_graph", "wants_gradient", "seed", "autocast", "adapter_disabled", "cache", "past_tokens", "cache_rows")
@@ -288,6 +290,10 @@ class LoadState(_message.Message):
     STEP_FIELD_NUMBER: _ClassVar[int]
     step: int
     def __init__(self, step: _Optional[int] = ...) -> None: ...
+
+class Echo(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Done(_message.Message):
     __slots__ = ("compute_s", "queue_s")

@@ -1,0 +1,268 @@
+"""One contestant in a process of its own: it trains a step, or tells its memory, when asked.
+
+Roles:
+    imports   import what a client imports, and do nothing
+    loaded    load the whole model
+    unsplit   the whole model with peft's LoRA
+    full      the whole model, every weight trained
+    split     the client of a server
+
+A worker reads one JSON line per request from standard input and answers with one.
+"""
+
+# Shapes:  K batches   B batch   T tokens
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model
+from safetensors.torch import load_file
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM
+
+import cutlayer
+from benchmarks.common import cpu_seconds, memory_bytes
+from cutlayer.wire import cutlayer_pb2 as pb
+
+# What a training step imports on its first use, so that the bare process holds it too.
+import cutlayer.client.model
+import cutlayer.client.training  # isort: skip
+
+LEARNING_RATE = 1e-4
+MAX_NORM = 1.0
+
+
+@dataclass
+class Stopwatch:
+    """Say where a split step's seconds go, by the calls that leave and enter the client's parts.
+
+    Between two calls the client computes: what ends in sending activations is bottom, what ends
+    in sending a gradient is top, what follows an arrival belongs to the part that awaited it.
+    """
+
+    seconds: dict[str, float] = field(default_factory=dict)
+    _mark_s: float = 0.0
+    _verb_of: dict[int, str] = field(default_factory=dict)
+    _arrived: str = ""
+
+    def watch(self, connection: Any) -> None:
+        """Time the requests and the waits of a connection."""
+        request, await_reply = connection.request, connection.await_reply
+
+        def timed_request(head: pb.Head, *args: Any, **kwargs: Any) -> Any:
+            verb = head.WhichOneof("verb")
+            self.until({"forward": "bottom", "backward": "top"}.get(verb, "optimizer"))
+            pending = request(head, *args, **kwargs)
+            self._verb_of[pending.sequence] = verb
+            self.until("sending")
+            return pending
+
+        def timed_await(pending: Any) -> Any:
+            self.until({"forward": "top", "backward": "bottom"}.get(self._arrived, "top"))
+            tensors = await_reply(pending)
+            self._arrived = self._verb_of.get(pending.sequence, "")
+            self.until("waiting")
+            return tensors
+
+        connection.request, connection.await_reply = timed_request, timed_await
+
+    def start(self) -> None:
+        """Begin a step."""
+        self.seconds, self._arrived, self._mark_s = {}, "", time.perf_counter()
+
+    def until(self, part: str) -> None:
+        """Count the seconds since the last mark to a part."""
+        now_s = time.perf_counter()
+        self.seconds[part] = self.seconds.get(part, 0.0) + now_s - self._mark_s
+        self._mark_s = now_s
+
+
+class Contestant:
+    """A model in training; `step` does one step of plain PyTorch."""
+
+    def __init__(self, spec: dict[str, Any]) -> None:
+        self.spec = spec
+        self.workload = spec["workload"]
+        self.tokens_KBT = load_file(self.workload["tokens"])["tokens"]
+        self.done = 0
+        self.watch = Stopwatch()
+        self.model: Any = None
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.clip: Callable[..., Tensor] = torch.nn.utils.clip_grad_norm_
+        getattr(self, f"_make_{spec['role']}")()
+
+    def _make_imports(self) -> None:
+        pass
+
+    def _make_loaded(self) -> None:
+        self.model = AutoModelForCausalLM.from_pretrained(
+            self.workload["model"], dtype=torch.float32
+        )
+
+    def _make_full(self) -> None:
+        self._make_loaded()
+        self._train()
+
+    def _make_unsplit(self) -> None:
+        self._make_loaded()
+        self.model = get_peft_model(self.model, self._lora())
+        cutlayer.seed_adapter(self.model, 0)
+        self._train()
+
+    def _make_split(self) -> None:
+        certificates = self.spec["certificates"]
+        self.model = cutlayer.connect(
+            self.workload["model"],
+            server=self.spec["server"],
+            ca=certificates["ca"],
+            cert=certificates["client_cert"],
+            key=certificates["client_key"],
+            bottom_layers=self.spec["bottom_layers"],
+            top_layers=self.spec["top_layers"],
+            codec=self.spec.get("codec", "raw"),
+            chunks=self.spec.get("chunks", 1),
+            peft_config=self._lora(),
+        )
+        if self.spec.get("breakdown"):
+            self.watch.watch(self.model.connection)
+        self._train()
+        assert self.optimizer is not None
+        self.clip = cutlayer.attach(self.optimizer, self.model).clip_grad_norm_
+
+    def _lora(self) -> LoraConfig:
+        rank = self.workload["rank"]
+        return LoraConfig(
+            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+
+    def _train(self) -> None:
+        self.model.train()
+        trained = [p for p in self.model.parameters() if p.requires_grad]
+        self.optimizer = torch.optim.AdamW(trained, lr=LEARNING_RATE)
+
+    # ------------------------------------------------------------------ what can be asked
+
+    def batch(self) -> dict[str, Tensor]:
+        """Return the next batch, as a collator gives it."""
+        tokens_BT = self.tokens_KBT[self.done % len(self.tokens_KBT)]
+        return {
+            "input_ids": tokens_BT,
+            "attention_mask": torch.ones_like(tokens_BT),
+            "labels": tokens_BT,
+        }
+
+    def step(self, *, threads: int = 0, chunks: int = 0) -> dict[str, Any]:
+        """Do one training step, the trunk's optimizer included, and say what it took."""
+        if threads:
+            torch.set_num_threads(threads)
+        if chunks:
+            self.model.chunks = chunks
+        batch = self.batch()
+        traffic = getattr(getattr(self.model, "connection", None), "traffic", None)
+        before = vars(traffic).copy() if traffic else {}
+        cpu_s = cpu_seconds()
+        started_s = time.perf_counter()
+        self.watch.start()
+        loss = self.model(**batch, use_cache=False).loss
+        self.watch.until("top")
+        loss.backward()
+        self.watch.until("bottom")
+        self._finish()
+        self.watch.until("optimizer")
+        seconds = time.perf_counter() - started_s
+        self.done += 1
+        after = vars(traffic) if traffic else {}
+        return {
+            "seconds": seconds,
+            "cpu_s": cpu_seconds() - cpu_s,
+            "loss": float(loss.detach()),
+            "parts": self.watch.seconds,
+            "traffic": {name: after[name] - before[name] for name in before},
+        }
+
+    def _finish(self) -> None:
+        assert self.optimizer is not None
+        self.clip(self.model.parameters(), MAX_NORM)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        if self.spec["role"] == "split":
+            # Requests keep their order: this answer says that the trunk has stepped.
+            self.model.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+
+    def backward_only(self) -> dict[str, Any]:
+        """Leave accumulated gradients on both sides, as gradient accumulation does."""
+        self.model(**self.batch(), use_cache=False).loss.backward()
+        return {}
+
+    def memory(self) -> dict[str, Any]:
+        """Return this process's resident bytes, now and at most."""
+        return dict(memory_bytes())
+
+    def account(self) -> dict[str, Any]:
+        """Count the bytes of parameters, of training state, of activations and of logits.
+
+        Activations are the storages that autograd keeps at the end of a forward, each once,
+        parameters left out.
+        """
+        held = {_storage(t): t.untyped_storage().nbytes() for t in _tensors_of(self.model)}
+        trained = sum(p.nbytes for p in self.model.parameters() if p.requires_grad)
+        saved: dict[int, int] = {}
+
+        def note(tensor: Tensor) -> Tensor:
+            if _storage(tensor) not in held:
+                saved[_storage(tensor)] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+            output = self.model(**self.batch(), use_cache=False)
+        saved.pop(_storage(output.logits), None)
+        counted = {
+            "weights": sum(held.values()),
+            "training_state": 3 * trained,
+            "activations": sum(saved.values()),
+            "logits": output.logits.nbytes,
+        }
+        output.loss.backward()
+        self._finish()
+        return counted
+
+    def adapter_bytes(self) -> dict[str, Any]:
+        """Return the bytes of the trunk's half of the adapter."""
+        return {
+            "bytes": sum(
+                4 * torch.Size(shape).numel() for shape in self.model.connection.parameters.values()
+            )
+        }
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors_of(model: nn.Module) -> list[Tensor]:
+    return [*model.parameters(), *model.buffers()]
+
+
+def main() -> None:
+    """Answer requests until standard input ends."""
+    spec: dict[str, Any] = json.loads(sys.argv[1])
+    torch.set_num_threads(spec["threads"])
+    contestant = Contestant(spec)
+    print(json.dumps({"ready": True}), flush=True)
+    for line in sys.stdin:
+        asked = json.loads(line)
+        answer = getattr(contestant, asked.pop("do"))(**asked)
+        print(json.dumps(answer), flush=True)
+    if spec["role"] == "split":
+        contestant.model.close()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,106 @@
+"""`cutlayer generate`: generate text through the split, a KV cache on each side."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+from cutlayer.cli.config import connect_settings, read_run
+from cutlayer.cli.main import add_format, report
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    add = parser.add_argument
+    add("--config", required=True, help="the run's YAML file; --key value overrides")
+    add("--prompt", required=True, action="append", help="a prompt; give it again for a batch")
+    add("--adapter", help="adapter folder (default: the run's output_dir, if it has one)")
+    add("--base", action="store_true", help="use no adapter")
+    add("--system", help="a system message")
+    add("--max_new_tokens", type=int, default=64)
+    add("--temperature", type=float, default=0.0, help="0 is greedy (default)")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Generate and print."""
+    import torch
+    import transformers
+
+    from cutlayer.cli.data import load_tokenizer
+    from cutlayer.client.model import connect
+
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    settings = read_run(args.config, args.overrides)
+    tokenizer = load_tokenizer(settings)
+    folder = Path(args.adapter or settings.sft.output_dir)
+    kept_at_server = (folder / "TRUNK_IS_AT_THE_SERVER").exists()
+    has_adapter = (folder / "adapter_config.json").exists() or bool(args.adapter)
+    wanted = has_adapter and not args.base
+    given = connect_settings(settings)
+    if not wanted:
+        given["peft_config"] = None
+    model = connect(**given, take_up=wanted and kept_at_server)
+    try:
+        if wanted:
+            model.take_up(folder)
+        texts = answers(
+            model,
+            tokenizer,
+            args.prompt,
+            system=args.system,
+            max_new_tokens=args.max_new_tokens,
+            temperature=args.temperature,
+            seed=settings.sft.seed,
+        )
+    finally:
+        model.close()
+    facts = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]
+    report(args.format, {"generated": facts}, "\n".join(texts))
+    return 0
+
+
+def answers(
+    model: Any,
+    tokenizer: Any,
+    prompts: list[str],
+    *,
+    system: str | None = None,
+    max_new_tokens: int = 64,
+    temperature: float = 0.0,
+    seed: int = 0,
+) -> list[str]:
+    """Return the model's answers; a chat model gets its chat template."""
+    import torch
+
+    if tokenizer.chat_template:
+        head = [{"role": "system", "content": system}] if system else []
+        prompts = [
+            tokenizer.apply_chat_template(
+                [*head, {"role": "user", "content": prompt}],
+                tokenize=False,
+                add_generation_prompt=True,
+            )
+            for prompt in prompts
+        ]
+    batch = tokenizer(
+        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+    )
+    sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
+    torch.manual_seed(seed)
+    model.eval()
+    with torch.no_grad():
+        out = model.generate(
+            **batch,
+            max_new_tokens=max_new_tokens,
+            pad_token_id=tokenizer.pad_token_id,
+            **(sampling or {"do_sample": False}),
+        )
+    return list(
+        tokenizer.batch_decode(out[:, batch["input_ids"].shape[1] :], skip_special_tokens=True)
+    )

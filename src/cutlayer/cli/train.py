@@ -1,0 +1,152 @@
+"""`cutlayer train`: fine-tune through the split with TRL's own trainer."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import warnings
+from pathlib import Path
+from typing import Any
+
+from cutlayer.cli.config import Run, connect_settings, read_run
+from cutlayer.cli.main import add_format, report
+from cutlayer.errors import ConfigError, NotFinite
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    parser.add_argument("--config", required=True, help="the run's YAML file; --key value overrides")
+    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Train and write the adapter."""
+    settings = read_run(args.config, args.overrides)
+    trainer, model = make_trainer(settings, threads=args.threads)
+    output = Path(settings.sft.output_dir)
+    try:
+        if model.keeps_adapter:
+            print("note: this server keeps the trunk's half of the adapter; merge will not have it")
+        result = trainer.train(resume_from_checkpoint=True if args.resume else None)
+        if not math.isfinite(result.training_loss):
+            raise NotFinite(
+                f"the training loss is {result.training_loss}: nothing was saved; lower "
+                "learning_rate, or look at the data with 'cutlayer preview'"
+            )
+        trainer.save_model()
+        from cutlayer.cli.card import write_card
+
+        write_card(output, settings, trainer, model)
+        facts = facts_of(trainer, model, result)
+    finally:
+        model.close()
+    report(
+        args.format,
+        {"output_dir": str(output), **facts},
+        f"trained {facts['steps']} steps, loss {facts['training_loss']:.4f}; the adapter is in "
+        f"{output}",
+    )
+    return 0
+
+
+def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
+    """Return what a run measured of itself."""
+    traffic = model.connection.traffic
+    return {
+        "steps": trainer.state.global_step,
+        "training_loss": result.training_loss,
+        "seconds": result.metrics["train_runtime"],
+        "sent_bytes": traffic.sent_bytes,
+        "received_bytes": traffic.received_bytes,
+        "waited_s": traffic.waited_s,
+        "trunk_s": traffic.trunk_s,
+    }
+
+
+def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any]:
+    """Return a trainer over the split model, ready to train, and the model.
+
+    Raises:
+        ConfigError, DataError: If the run cannot be trained on.
+        ConnectionFailed, Refused: If the server cannot be used.
+    """
+    import torch
+    import transformers
+    from datasets.utils.logging import disable_progress_bar
+    from transformers import PrinterCallback, ProgressCallback
+
+    from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
+    from cutlayer.cli.progress import LiveProgress
+    from cutlayer.client.model import connect
+    from cutlayer.client.training import attach
+    from cutlayer.split.loading import open_checkpoint
+
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
+    if not settings.model.use_peft:
+        raise ConfigError("use_peft must be true: what is trained through the split is a LoRA")
+    checkpoint = open_checkpoint(
+        settings.model.model_name_or_path, revision=connect_settings(settings)["revision"]
+    )
+    check_lengths(settings, checkpoint.config)
+    data = load_split(settings, settings.data.dataset_train_split)
+    held_out = None
+    if str(settings.sft.eval_strategy) not in ("no", "IntervalStrategy.NO"):
+        held_out = load_split(settings, settings.data.dataset_test_split)
+    tokenizer = load_tokenizer(settings)
+    extra = _classes_of(settings, data)
+    model = connect(**connect_settings(settings), **extra)
+    try:
+        trainer = _trainer(settings, model, tokenizer, data, held_out)
+        if settings.split.task == "causal-lm":
+            packed = settings.sft.packing
+            check_supervised(trainer.train_dataset, of=len(data), packed=packed)
+    except BaseException:
+        model.close()
+        raise
+    attach(trainer)
+    for callback in (ProgressCallback, PrinterCallback):
+        trainer.remove_callback(callback)
+    trainer.add_callback(LiveProgress(model.connection))
+    return trainer, model
+
+
+def _classes_of(settings: Run, data: Any) -> dict[str, Any]:
+    if settings.split.task != "sequence-classification":
+        return {}
+    return {"num_labels": len(set(data["label"]))}
+
+
+def _trainer(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
+    if settings.split.task == "causal-lm":
+        from trl import SFTTrainer
+
+        return SFTTrainer(
+            model=model,
+            args=settings.sft,
+            train_dataset=data,
+            eval_dataset=held_out,
+            processing_class=tokenizer,
+        )
+    from transformers import DataCollatorWithPadding, Trainer
+
+    def tokenized(rows: Any) -> Any:
+        def encode(batch: Any) -> Any:
+            return tokenizer(batch["text"], truncation=True, max_length=settings.sft.max_length)
+
+        return rows.map(encode, batched=True, remove_columns=["text"])
+
+    return Trainer(
+        model=model,
+        args=settings.sft,
+        train_dataset=tokenized(data),
+        eval_dataset=tokenized(held_out) if held_out is not None else None,
+        processing_class=tokenizer,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
