@@ -1,7 +1,7 @@
 """What the benchmarks share: real text, certificates, a server, workers, and the result file.
 
 A benchmark starts each contestant as a process of its own (`worker.py`) and a server as another
-(`serve.py`), all over TLS, and writes one JSON of figures. It asserts nothing.
+(`cutlayer serve`), all over TLS, and writes one JSON of figures. It asserts nothing.
 """
 
 # Shapes:  K batches   B batch   T tokens
@@ -52,11 +52,11 @@ class Workload:
 class Certificates:
     """Files for mutual TLS between two processes of this machine."""
 
+    folder: str
+    """What a server is given."""
     ca: str
-    server_cert: str
-    server_key: str
-    client_cert: str
-    client_key: str
+    cert: str
+    key: str
 
 
 # ---------------------------------------------------------------------- the command line
@@ -166,55 +166,18 @@ def _tiny_model(folder: Path) -> Path:
 
 
 def make_certificates(folder: Path) -> Certificates:
-    """Write an authority, a server's certificate for this machine, and one for a client."""
-    from cryptography import x509
-    from cryptography.hazmat.primitives import hashes, serialization
-    from cryptography.hazmat.primitives.asymmetric import ec
-    from cryptography.x509.oid import NameOID
-
-    folder.mkdir(parents=True, exist_ok=True)
-    now = datetime.datetime.now(datetime.UTC)
-    import ipaddress
-
-    def write(name: str, common_name: str, issuer: tuple[Any, Any] | None) -> tuple[Any, Any]:
-        key = ec.generate_private_key(ec.SECP256R1())
-        subject = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
-        names = x509.SubjectAlternativeName(
-            [x509.DNSName("localhost"), x509.IPAddress(ipaddress.ip_address("127.0.0.1"))]
-        )
-        built = (
-            x509.CertificateBuilder()
-            .subject_name(subject)
-            .issuer_name(issuer[0].subject if issuer else subject)
-            .public_key(key.public_key())
-            .serial_number(x509.random_serial_number())
-            .not_valid_before(now - datetime.timedelta(minutes=5))
-            .not_valid_after(now + datetime.timedelta(days=1))
-            .add_extension(x509.BasicConstraints(ca=issuer is None, path_length=None), True)
-            .add_extension(names, False)
-            .sign(issuer[1] if issuer else key, hashes.SHA256())
-        )
-        (folder / f"{name}.pem").write_bytes(built.public_bytes(serialization.Encoding.PEM))
-        private = folder / f"{name}.key"
-        private.touch(mode=0o600)
-        private.write_bytes(
-            key.private_bytes(
-                serialization.Encoding.PEM,
-                serialization.PrivateFormat.PKCS8,
-                serialization.NoEncryption(),
-            )
-        )
-        return built, key
-
-    authority = write("ca", "cutlayer benchmark", None)
-    write("server", "localhost", authority)
-    write("client", "benchmark", authority)
+    """Have `cutlayer certs init` make an authority and the certificates of both sides."""
+    subprocess.run(
+        [sys.executable, "-m", "cutlayer.cli.main", "certs", "init", "--dir", str(folder)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=_environment(1, passive=False),
+    )
     return Certificates(
+        folder=str(folder),
         ca=str(folder / "ca.pem"),
-        server_cert=str(folder / "server.pem"),
-        server_key=str(folder / "server.key"),
-        client_cert=str(folder / "client.pem"),
-        client_key=str(folder / "client.key"),
+        cert=str(folder / "client.pem"),
+        key=str(folder / "client.key"),
     )
 
 
@@ -291,42 +254,84 @@ class Child:
         self.close()
 
 
-def start_server(
-    workload: Workload,
-    certificates: Certificates,
-    folder: Path,
-    *,
-    bottom_layers: int = 2,
-    top_layers: int = 2,
-    threads: int = 1,
-    passive: bool = False,
-) -> Child:
-    """Start a server over mutual TLS; its port is `hello["port"]`."""
-    spec = {
-        "model": workload.model,
-        "bottom_layers": bottom_layers,
-        "top_layers": top_layers,
-        "state_dir": str(folder / "state"),
-        **asdict(certificates),
-    }
-    return Child("benchmarks.serve", spec, threads=threads, passive=passive)
+class Server:
+    """`cutlayer serve` as a process of its own, over mutual TLS."""
+
+    def __init__(
+        self,
+        workload: Workload,
+        certificates: Certificates,
+        folder: Path,
+        *,
+        bottom_layers: int = 2,
+        top_layers: int = 2,
+        threads: int = 1,
+        passive: bool = False,
+    ) -> None:
+        """Start it and wait until it listens."""
+        flags = {
+            "--model_name_or_path": workload.model,
+            "--split_bottom_layers": bottom_layers,
+            "--split_top_layers": top_layers,
+            "--certs": certificates.folder,
+            "--state_dir": folder / "state",
+            "--host": "127.0.0.1",
+            "--port": 0,
+            "--threads": threads,
+        }
+        words = [str(word) for pair in flags.items() for word in pair]
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "cutlayer.cli.main", "serve", "--mutual_tls", *words],
+            stdout=subprocess.PIPE,
+            text=True,
+            env=_environment(threads, passive=passive),
+            cwd=ROOT,
+        )
+        self.port = self._port()
+
+    def _port(self) -> int:
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            found = re.search(r"^serving layers .* at 127\.0\.0\.1:(\d+) ", line)
+            if found:
+                return int(found.group(1))
+        sys.exit(f"the server did not start (exit code {self._process.wait()})")
+
+    @property
+    def pid(self) -> int:
+        """The process's number."""
+        return self._process.pid
+
+    def close(self) -> None:
+        """Stop it as an operator would."""
+        self._process.terminate()
+        try:
+            self._process.wait(timeout=30)
+        except subprocess.TimeoutExpired:
+            self._process.kill()
+
+    def __enter__(self) -> Server:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.close()
 
 
 def start_worker(
     role: str,
     workload: Workload,
     *,
-    server: str = "",
+    port: int = 0,
     certificates: Certificates | None = None,
     threads: int = 1,
     passive: bool = False,
     **settings: Any,
 ) -> Child:
-    """Start a contestant; `settings` of a split one are `bottom_layers`, `top_layers`, `codec`."""
+    """Start a contestant; a split one is told a port and more `settings`."""
     spec = {
         "role": role,
         "workload": asdict(workload),
-        "server": server,
+        "server": f"127.0.0.1:{port}",
         "certificates": asdict(certificates) if certificates else {},
         "threads": threads,
         **settings,
@@ -395,9 +400,7 @@ def commit() -> str:
 
 
 def _git(*words: str) -> str:
-    done = subprocess.run(
-        ["git", *words], cwd=ROOT, capture_output=True, text=True, check=False
-    )
+    done = subprocess.run(["git", *words], cwd=ROOT, capture_output=True, text=True, check=False)
     return done.stdout.strip() if done.returncode == 0 else ""
 
 

@@ -28,12 +28,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM
 
 import cutlayer
+
+# `connect` and `attach` are imported on first use; so the bare process holds them too.
+import cutlayer.client.model
+import cutlayer.client.training
 from benchmarks.common import cpu_seconds, memory_bytes
 from cutlayer.wire import cutlayer_pb2 as pb
-
-# What a training step imports on its first use, so that the bare process holds it too.
-import cutlayer.client.model
-import cutlayer.client.training  # isort: skip
 
 LEARNING_RATE = 1e-4
 MAX_NORM = 1.0
@@ -122,8 +122,8 @@ class Contestant:
             self.workload["model"],
             server=self.spec["server"],
             ca=certificates["ca"],
-            cert=certificates["client_cert"],
-            key=certificates["client_key"],
+            cert=certificates["cert"],
+            key=certificates["key"],
             bottom_layers=self.spec["bottom_layers"],
             top_layers=self.spec["top_layers"],
             codec=self.spec.get("codec", "raw"),

@@ -241,7 +241,7 @@ def main() -> int:
     ]
     jobs = [job for job in jobs if not asked.types or job[0] in asked.types]
     verdicts = []
-    with ProcessPoolExecutor(asked.processes, max_tasks_per_child=40) as pool:
+    with ProcessPoolExecutor(asked.processes) as pool:
         for v in pool.map(verdict_on, *zip(*jobs, strict=True)):
             verdicts.append(v)
             print(f"{v.task:<24} {v.model_type:<26} {v.kind:<14} {v.reason} | {v.generates}", flush=True)

@@ -11,18 +11,19 @@ from typing import Any
 HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME.parents[1]))
 
-from benchmarks.common import (
+from benchmarks.common import (  # noqa: E402
     MIB,
     Child,
     Result,
+    Server,
     Workload,
+    cpu_seconds,
     make_certificates,
     make_workload,
     median,
     parser_of,
     scratch,
     settings_of,
-    start_server,
     start_worker,
 )
 
@@ -34,17 +35,17 @@ class Contestant:
     """One way to do the step, and what its steps took."""
 
     worker: Child
-    server: Child | None
+    server: Server | None
     asked: dict[str, int]
     """What `step` is asked with: `threads` of the unsplit model, `chunks` of a split one."""
     steps: list[dict[str, Any]] = field(default_factory=list)
 
     def step(self) -> None:
         """Do one step; CPU seconds are those of both processes."""
-        before_s = self.server.ask("status")["cpu_s"] if self.server else 0.0
+        before_s = cpu_seconds(self.server.pid) if self.server else 0.0
         step = self.worker.ask("step", **self.asked)
         if self.server:
-            step["cpu_s"] += self.server.ask("status")["cpu_s"] - before_s
+            step["cpu_s"] += cpu_seconds(self.server.pid) - before_s
         self.steps.append(step)
 
     def seconds(self) -> float:
@@ -79,7 +80,7 @@ def contestants(
     first = cuts[0]
     for threads in (1, 2):
         server = stack.enter_context(
-            start_server(
+            Server(
                 workload,
                 certificates,
                 folder / str(threads),
@@ -94,7 +95,7 @@ def contestants(
                 start_worker(
                     "split",
                     workload,
-                    server=f"127.0.0.1:{server.hello['port']}",
+                    port=server.port,
                     certificates=certificates,
                     threads=threads,
                     passive=threads > 1,
@@ -178,9 +179,7 @@ def main() -> None:
     cut, _, chunks = best.partition("_")
     ratios = [
         step["seconds"] / other["seconds"]
-        for step, other in zip(
-            strict[best].steps, found["unsplit_2"].steps, strict=True
-        )
+        for step, other in zip(strict[best].steps, found["unsplit_2"].steps, strict=True)
     ]
     settings |= {
         "ratio_is_of": {"cut": cut, "chunks": int(chunks), "threads": "1 + 1 against 2"},

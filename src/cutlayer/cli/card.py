@@ -27,7 +27,7 @@ def write_card(folder: Path, settings: Run, trainer: Any, model: Any) -> None:
         f"- {name} {version(name)}" for name in ("cutlayer", "transformers", "peft", "torch")
     )
     kept = (
-        "\nThe trunk's half of this adapter is kept by the server; this folder alone is not whole.\n"
+        "\nThe trunk's half of this adapter is kept by the server; this folder is not whole.\n"
         if model.keeps_adapter
         else ""
     )

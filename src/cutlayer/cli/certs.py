@@ -43,8 +43,8 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: If certificates would be overwritten, or there is no authority.
     """
     folder = Path(args.dir)
+    hosts = [*dict.fromkeys([*getattr(args, "host", []), "localhost", "127.0.0.1"])]
     if args.what == "init":
-        hosts = list(dict.fromkeys([*args.host, "localhost", "127.0.0.1"]))
         make_authority(folder)
         issue(folder, "server", hosts=hosts, server=True)
         issue(folder, args.client)
@@ -58,7 +58,9 @@ def run(args: argparse.Namespace) -> int:
         issue(folder, args.name)
         print(f"{folder}/{args.name}.pem, .key")
     else:
-        issue(folder, "server", hosts=[*args.host, "localhost", "127.0.0.1"], server=True, again=True)
+        issue(
+            folder, "server", hosts=[*args.host, "localhost", "127.0.0.1"], server=True, again=True
+        )
         print(f"{folder}/server.pem, .key: start the server again to use them")
     return 0
 

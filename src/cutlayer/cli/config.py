@@ -82,11 +82,7 @@ def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
     from trl import ModelConfig, ScriptArguments, SFTConfig
 
     ours = {f"split_{f.name}": f for f in dataclasses.fields(SplitConfig)}
-    homes = {
-        name: cls
-        for cls in (ScriptArguments, ModelConfig, SFTConfig)
-        for name in _hints(cls)
-    }
+    homes = {name: cls for cls in (ScriptArguments, ModelConfig, SFTConfig) for name in _hints(cls)}
     faults: list[str] = []
     split: dict[str, Any] = {}
     trl: dict[type, dict[str, Any]] = {SFTConfig: {}, ModelConfig: {}, ScriptArguments: {}}

@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from cutlayer.cli.config import Run, connect_settings, read_run
-from cutlayer.cli.main import add_format, report
+from cutlayer.cli.main import add_format, report, settle
 from cutlayer.errors import Refused
 
 _PROBE_BYTES = 4 << 20
@@ -15,7 +15,7 @@ _PROBE_BYTES = 4 << 20
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    parser.add_argument("--config", required=True, help="the run's YAML file; --key value overrides")
+    parser.add_argument("--config", required=True, help="the run's YAML; --key value overrides")
     parser.add_argument(
         "--prove",
         action="store_true",
@@ -31,15 +31,9 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConnectionFailed, TLSError, Refused: With what stands in the way.
     """
-    import torch
-    import transformers
-
     from cutlayer.client.model import connect
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    settle(args.threads)
     settings = read_run(args.config, args.overrides)
     given = connect_settings(settings)
     # A name of its own, so that a doctor never takes the place of the run at the server.
@@ -110,7 +104,7 @@ def _proof(settings: Run, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     generator = torch.Generator().manual_seed(0)
     vocabulary = checkpoint.config.get_text_config().vocab_size
     tokens_BT = torch.randint(vocabulary, (2, 16), generator=generator)
-    found = []
+    found: list[tuple[Any, dict[str, Any]]] = []
     for each in (model, unsplit):
         each.eval()
         logits = each(input_ids=tokens_BT).logits
@@ -125,8 +119,8 @@ def _proof(settings: Run, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     ours = {name: grads[name] for name in split_grads}
     norms_equal = True
     if model.connection.norms is not None:
-        theirs = torch.stack([grads[name].norm() for name in model.connection.parameters])
-        norms_equal = bool(torch.equal(theirs, model.connection.norms))
+        trunks = [grads[name] for name in model.connection.parameters]
+        norms_equal = torch.equal(torch.stack(torch._foreach_norm(trunks)), model.connection.norms)
     return {
         "equal": bool(torch.equal(split_logits, logits))
         and norms_equal

@@ -7,13 +7,13 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import connect_settings, read_run
-from cutlayer.cli.main import add_format, report
+from cutlayer.cli.main import add_format, report, settle
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
     add = parser.add_argument
-    add("--config", required=True, help="the run's YAML file; --key value overrides")
+    add("--config", required=True, help="the run's YAML; --key value overrides")
     add("--prompt", required=True, action="append", help="a prompt; give it again for a batch")
     add("--adapter", help="adapter folder (default: the run's output_dir, if it has one)")
     add("--base", action="store_true", help="use no adapter")
@@ -26,16 +26,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
-    import torch
-    import transformers
-
     from cutlayer.cli.data import load_tokenizer
     from cutlayer.client.model import connect
 
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    settle(args.threads)
     settings = read_run(args.config, args.overrides)
     tokenizer = load_tokenizer(settings)
     folder = Path(args.adapter or settings.sft.output_dir)

@@ -1,4 +1,4 @@
-"""The front door: `cutlayer VERB`. One file a verb; nothing heavy is imported before it is needed."""
+"""The front door: `cutlayer VERB`. One file a verb; heavy imports wait."""
 
 from __future__ import annotations
 
@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     args.overrides = _overrides(rest, parser, allowed=hasattr(args, "config"))
     # Nothing is sent to a model hub's telemetry by a tool whose point is what leaves the building.
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
+    # What gRPC would log we say ourselves, in one sentence.
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
         return int(importlib.import_module(f"cutlayer.cli.{args.verb}").run(args) or 0)
     except CutlayerError as error:
@@ -108,6 +110,20 @@ def _tell(error: CutlayerError, form: str) -> int:
 def report(form: str, facts: dict[str, Any], text: str) -> None:
     """Print a verb's result as JSON or as text."""
     print(json.dumps(facts, indent=2, default=str) if form == "json" else text)
+
+
+def settle(threads: int | None = None) -> None:
+    """Make the libraries speak of errors only, and compute with so many threads."""
+    import warnings
+
+    import torch
+    import transformers
+
+    if threads:
+        torch.set_num_threads(threads)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)
 
 
 def add_format(parser: argparse.ArgumentParser) -> None:

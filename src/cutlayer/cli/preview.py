@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import tempfile
 import time
 from typing import Any
 
 from cutlayer.cli.config import Run, connect_settings, read_run
-from cutlayer.cli.main import add_format, report
+from cutlayer.cli.main import add_format, report, settle
 
 IGNORED = -100
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    parser.add_argument("--config", required=True, help="the run's YAML file; --key value overrides")
+    parser.add_argument("--config", required=True, help="the run's YAML; --key value overrides")
     parser.add_argument("--samples", type=int, default=2, help="samples to show (default: 2)")
     parser.add_argument(
         "--bandwidth_mbit", type=float, default=100.0, help="of the link (default: 100)"
@@ -36,12 +37,11 @@ def run(args: argparse.Namespace) -> int:
 
 def _tokenized(settings: Run) -> tuple[list[list[tuple[str, bool]]], list[dict[str, Any]]]:
     """Return samples as (token, carries loss) pairs, and the tokenized rows."""
-    import transformers
     from datasets.utils.logging import disable_progress_bar
 
     from cutlayer.cli.data import load_split, load_tokenizer
 
-    transformers.logging.set_verbosity_error()
+    settle()
     disable_progress_bar()
     tokenizer = load_tokenizer(settings)
     data = load_split(settings, settings.data.dataset_train_split)
@@ -130,7 +130,9 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
         dtype=dtype,
         wire_dtype=CODECS[given["codec"]].stored_dtype(dtype),
     )
-    steps = sft.max_steps if sft.max_steps > 0 else -(-len(rows) * int(sft.num_train_epochs) // batch)
+    steps = (
+        sft.max_steps if sft.max_steps > 0 else -(-len(rows) * int(sft.num_train_epochs) // batch)
+    )
     client_s = cost.client_flops / _flops_per_s(torch)
     link_s = (cost.up_bytes + cost.down_bytes) * 8 / (bandwidth_mbit * 1e6)
     return {

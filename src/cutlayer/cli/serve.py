@@ -38,15 +38,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; then finish what is in flight."""
-    import torch
-
+    from cutlayer.cli.main import settle
     from cutlayer.server.access import server_credentials
     from cutlayer.server.app import make_server
     from cutlayer.server.sessions import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
-    if args.threads:
-        torch.set_num_threads(args.threads)
+    settle(args.threads)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args))
     server = make_server(
         args.model_name_or_path,

@@ -4,18 +4,17 @@ from __future__ import annotations
 
 import argparse
 import math
-import warnings
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run, connect_settings, read_run
-from cutlayer.cli.main import add_format, report
+from cutlayer.cli.main import add_format, report, settle
 from cutlayer.errors import ConfigError, NotFinite
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    parser.add_argument("--config", required=True, help="the run's YAML file; --key value overrides")
+    parser.add_argument("--config", required=True, help="the run's YAML; --key value overrides")
     parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     add_format(parser)
@@ -72,8 +71,6 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
         ConfigError, DataError: If the run cannot be trained on.
         ConnectionFailed, Refused: If the server cannot be used.
     """
-    import torch
-    import transformers
     from datasets.utils.logging import disable_progress_bar
     from transformers import PrinterCallback, ProgressCallback
 
@@ -83,12 +80,8 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     from cutlayer.client.training import attach
     from cutlayer.split.loading import open_checkpoint
 
-    if threads:
-        torch.set_num_threads(threads)
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
+    settle(threads)
     disable_progress_bar()
-    warnings.filterwarnings("ignore", category=FutureWarning)
     if not settings.model.use_peft:
         raise ConfigError("use_peft must be true: what is trained through the split is a LoRA")
     checkpoint = open_checkpoint(

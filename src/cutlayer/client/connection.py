@@ -234,7 +234,11 @@ class Connection:
         self._waiting.clear()
 
     def request(
-        self, head: pb.Head, tensors: Mapping[str, Tensor] | None = None, *, unattended: bool = False
+        self,
+        head: pb.Head,
+        tensors: Mapping[str, Tensor] | None = None,
+        *,
+        unattended: bool = False,
     ) -> Pending:
         """Send a request and return its reply to come.
 

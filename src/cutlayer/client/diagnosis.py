@@ -61,7 +61,8 @@ def _knock_with_tls(
                 return ConnectionFailed(f"{at} speaks TLS but not gRPC: check the port")
             # A server that wants a client certificate says so only when it is first read from.
             secured.settimeout(2.0)
-            secured.read(1)
+            if not secured.read(1) and address.cert is None:
+                return _wants_a_certificate(at)
     except ssl.SSLCertVerificationError as error:
         fault = _CERTIFICATE_FAULTS.get(
             error.verify_code,
@@ -70,7 +71,7 @@ def _knock_with_tls(
         return TLSError(f"{at} is not trusted: {fault}")
     except ssl.SSLError as error:
         if "CERTIFICATE_REQUIRED" in str(error) or "HANDSHAKE_FAILURE" in str(error):
-            return TLSError(f"{at} asks for a client certificate: give split_cert and split_key")
+            return _wants_a_certificate(at)
         if "UNKNOWN_CA" in str(error) or "BAD_CERTIFICATE" in str(error) or "EXPIRED" in str(error):
             return TLSError(
                 f"{at} does not accept this client's certificate ({error.reason}): get one that "
@@ -83,3 +84,7 @@ def _knock_with_tls(
     except (TimeoutError, OSError):
         pass
     return ConnectionFailed(f"{at} can be reached but gRPC cannot use it: {details}")
+
+
+def _wants_a_certificate(at: str) -> TLSError:
+    return TLSError(f"{at} asks for a client certificate: give split_cert and split_key")

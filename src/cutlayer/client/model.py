@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import contextlib
+import itertools
 import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
@@ -12,7 +13,13 @@ from typing import Any
 
 import torch
 import transformers
-from peft import LoraConfig, PeftConfig, PeftModelForCausalLM, PeftModelForSequenceClassification
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModelForCausalLM,
+    PeftModelForSequenceClassification,
+    set_peft_model_state_dict,
+)
 from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import ModelOutput
@@ -25,6 +32,7 @@ from cutlayer.split.adapters import (
     ADAPTER,
     PARTS,
     AdapterPlan,
+    TrunkLora,
     adapter_state,
     ends_config,
     plan_adapter,
@@ -153,8 +161,6 @@ class SplitModel:
         mine = self.own_adapter()
         if mine.keys() - state.keys():
             raise Refused(f"adapter '{folder}' lacks {sorted(mine.keys() - state.keys())[0]}")
-        from peft import set_peft_model_state_dict
-
         set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
         trunk = {name: tensor for name, tensor in state.items() if name not in mine}
         if trunk:
@@ -260,9 +266,8 @@ def connect(
         num_layers=skeleton.anatomy.num_layers,
     )
     plan = _plan(skeleton, peft_config, cut, train, seed)
-    paths = [Path(path) if path else None for path in (ca, cert, key)]
     connection = Connection(
-        Address(server, *paths, plaintext=plaintext),
+        Address(server, _path(ca), _path(cert), _path(key), plaintext=plaintext),
         connect_timeout_s=connect_timeout_s,
         idle_timeout_s=idle_timeout_s,
     )
@@ -298,6 +303,10 @@ def connect(
     return _wrapped(ends, plan, task, connection, remote, skeleton.anatomy, cut, chunks, reply)
 
 
+def _path(given: str | Path | None) -> Path | None:
+    return Path(given) if given else None
+
+
 def _check(codec: str, chunks: int, dtype: str) -> None:
     faults = []
     if codec not in CODECS:
@@ -315,8 +324,6 @@ def _plan(
 ) -> AdapterPlan:
     if config is not None:
         return plan_adapter(skeleton, config, cut, train=train, seed=seed)
-    from cutlayer.split.adapters import TrunkLora
-
     return AdapterPlan(LoraConfig(), TrunkLora((), seed=seed), {}, {})
 
 
@@ -386,13 +393,15 @@ def _wrapped(
 
 
 def _rows(kwargs: Mapping[str, Any]) -> int:
-    given = kwargs.get("input_ids") if kwargs.get("input_ids") is not None else kwargs.get("inputs_embeds")
+    given = kwargs.get("input_ids")
+    if given is None:
+        given = kwargs.get("inputs_embeds")
     return given.shape[0] if isinstance(given, Tensor) else 0
 
 
 def _spans(rows: int, chunks: int) -> list[slice]:
     edges = [round(rows * i / min(chunks, rows)) for i in range(min(chunks, rows) + 1)]
-    return [slice(start, end) for start, end in zip(edges, edges[1:], strict=False)]
+    return [slice(start, end) for start, end in itertools.pairwise(edges)]
 
 
 def _rows_of(kwargs: Mapping[str, Any], rows: int, span: slice) -> dict[str, Any]:

@@ -220,7 +220,9 @@ class RemoteTrunk(nn.Module):
         note_BT = torch.arange(rows, dtype=torch.float32, device=hidden_BTD.device)[:, None]
         slot_BT = note_in_cache(cache, self._layer, note_BT.expand(rows, tokens))
         if grad and past_tokens == 0:
-            return {}  # a training forward builds a cache by default and never reads it
+            # A training forward builds a cache by default and never reads it. The trunk builds one
+            # too and drops it at once: the keys' memory layout decides the last bit of attention.
+            return {"cache": next(self._cache_numbers)}
         if past_tokens == 0:
             number = self._caches[cache] = next(self._cache_numbers)
             assert self.link is not None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
 
 import grpc
@@ -13,7 +14,6 @@ import transformers
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from importlib.metadata import version
 from cutlayer.errors import ConfigError
 from cutlayer.server.service import SERVICE, TrunkService
 from cutlayer.server.sessions import Limits, Sessions

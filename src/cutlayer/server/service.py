@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import logging
 import queue
 import threading
@@ -16,7 +17,7 @@ from cutlayer.errors import CutlayerError, ProtocolError
 from cutlayer.server.access import tenant_of
 from cutlayer.server.sessions import Reply, Session, Sessions
 from cutlayer.wire import cutlayer_pb2 as pb
-from cutlayer.wire.frames import Assembler, frames_of
+from cutlayer.wire.frames import Assembler, Message, frames_of
 
 __all__ = ["SERVICE", "TrunkService"]
 
@@ -131,9 +132,8 @@ class _Stream:
                 self._room.acquire()
                 self._asked += 1
                 arrived_s = time.monotonic()
-                last = self._sessions.on_trunk(
-                    lambda m=message, at=arrived_s: self._answer(m, at)
-                )
+                work = functools.partial(self._answer, message, arrived_s)
+                last = self._sessions.on_trunk(work)
         except ProtocolError as error:
             self._outgoing.put((_failure(error), []))
         except Exception:  # the stream broke: gRPC raises its own, the pool may be shut down
@@ -143,7 +143,7 @@ class _Stream:
         else:
             self._outgoing.put(None)
 
-    def _answer(self, message: Any, arrived_s: float) -> None:
+    def _answer(self, message: Message, arrived_s: float) -> None:
         self._outgoing.put(self._session.answer(message, arrived_s))
         self._room.release()
 

@@ -164,7 +164,12 @@ class Session:
         if self.trunk.optimizer is None:
             self.settings["optimizer"] = asked.optimizer
             self.settings["groups"] = [
-                {"numbers": dict(g.numbers), "flags": dict(g.flags), "betas": g.betas, "names": g.names}
+                {
+                    "numbers": dict(g.numbers),
+                    "flags": dict(g.flags),
+                    "betas": g.betas,
+                    "names": g.names,
+                }
                 for g in groups
             ]
         self.trunk.optim_step(asked.step, asked.optimizer, groups, asked.clip_factor)
@@ -343,7 +348,9 @@ class Sessions:
                 return
         if self.keeps_adapter:
             self.on_trunk(lambda: session.save(session.trunk.step)).result()
-        log.info("tenant %s closed run %s at step %d", session.tenant, session.run, session.trunk.step)
+        log.info(
+            "tenant %s closed run %s at step %d", session.tenant, session.run, session.trunk.step
+        )
 
     def on_trunk(self, work: Callable[[], Any]) -> Future[Any]:
         """Have the trunk's thread do something in its turn."""

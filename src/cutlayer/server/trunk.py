@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -29,7 +29,7 @@ from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
 
 __all__ = ["OPTIMIZERS", "Group", "SharedTrunk", "TenantTrunk"]
 
-OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     cls.__name__: cls
     for cls in (
         torch.optim.AdamW,
@@ -190,7 +190,9 @@ class TenantTrunk:
             self.model.train(training)
         if keep_graph and wants_gradient:
             smashed_BTD.requires_grad_(True)
-        slot = self._slot(cache, past_tokens, cache_rows) if cache else None
+        # Layers that are computed again must not extend a cache twice.
+        cached = cache and not (keep_graph and self.gradient_checkpointing)
+        slot = self._slot(cache, past_tokens, cache_rows) if cached else None
         with (
             torch.set_grad_enabled(keep_graph),
             torch.random.fork_rng(enabled=training, devices=_devices(device)),
@@ -204,6 +206,7 @@ class TenantTrunk:
             slot.past_tokens += smashed_BTD.shape[1]
         if keep_graph:
             self._kept[sequence] = _Kept(smashed_BTD, out_BTD)
+            self.drop_cache(cache)  # no one goes on from a training forward
         return out_BTD.detach()
 
     def _adapter_off(self) -> Any:

@@ -106,6 +106,8 @@ def plan_adapter(
     _refuse_unsupported(config, train)
     assert isinstance(config, LoraConfig)
     config = copy.deepcopy(config)
+    # A config that was loaded from an adapter folder asks for frozen LoRAs.
+    config.inference_mode = False
     frozen = _layers_of(skeleton.anatomy, cut, set(PARTS) - set(train))
     if frozen:
         config.exclude_modules = _excluding(config.exclude_modules, skeleton.anatomy, frozen)
@@ -228,16 +230,16 @@ def seed_adapter(model: nn.Module, seed: int = 0) -> None:
     for name, module in model.named_modules():
         if not isinstance(module, LoraLayer):
             continue
-        name = name.removeprefix("base_model.model.")
+        key = f"{seed}/{name.removeprefix('base_model.model.')}"
         for adapter, rank in module.r.items():
-            gaussian = getattr(model, "peft_config", {}).get(adapter)
-            _seed_layer(module, adapter, rank, f"{seed}/{name}", gaussian)
+            config = getattr(model, "peft_config", {}).get(adapter)
+            _seed_layer(module, adapter, rank, key, config)
 
 
 def _seed_layer(module: LoraLayer, adapter: str, rank: int, key: str, config: Any) -> None:
     digest = hashlib.sha256(key.encode()).digest()
-    devices = []  # the numbers come from the CPU's generator alone
-    with torch.random.fork_rng(devices=devices), torch.no_grad():
+    # The numbers come from the CPU's generator alone, hence no devices.
+    with torch.random.fork_rng(devices=[]), torch.no_grad():
         torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
         gaussian = getattr(config, "init_lora_weights", True) == "gaussian"
         if adapter in module.lora_A:
@@ -251,7 +253,9 @@ def _seed_layer(module: LoraLayer, adapter: str, rank: int, key: str, config: An
             module.lora_B[adapter].weight.zero_()
         if adapter in module.lora_embedding_A:
             module.lora_embedding_A[adapter].zero_()
-            module.lora_embedding_B[adapter].copy_(torch.randn(module.lora_embedding_B[adapter].shape))
+            module.lora_embedding_B[adapter].copy_(
+                torch.randn(module.lora_embedding_B[adapter].shape)
+            )
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:

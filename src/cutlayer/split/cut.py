@@ -35,7 +35,29 @@ from cutlayer.errors import CannotCut
 
 # Families whose own forward does something between the layers which a cut would lose. Each was
 # found by the sweep of `make families`; docs/families.md is made from it.
-REFUSED: dict[str, str] = {}
+_RECURRENT = "some of its layers keep a recurrent state, which a remote trunk cannot answer for"
+_PER_LAYER_INPUTS = "its layers take inputs of their own that are computed from the tokens"
+_SPREAD = "each of its layers is spread over several lists of modules"
+_INSIDE = "its forward reaches into the layers instead of calling them"
+
+REFUSED: dict[str, str] = {
+    **dict.fromkeys(
+        (
+            "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
+            "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h",
+            "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
+            "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "zamba",
+            "zamba2", "xlstm",
+        ),
+        _RECURRENT,
+    ),
+    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified"), _PER_LAYER_INPUTS),
+    **dict.fromkeys(("flaubert", "xlm"), _SPREAD),
+    **dict.fromkeys(("git", "inkling_text", "inkling2_text"), _INSIDE),
+    "cpmant": "its forward takes tokens only, so the trunk cannot be entered with activations",
+    "reformer": "its layers hand on two reversible streams",
+    "roformer": "its layers take rotary angles from a table outside them",
+}  # fmt: skip
 
 # What the trunk needs besides the activations. Both are taken where the model is entered, because
 # below that point a family has already turned them into masks and angles of its own kind.
@@ -149,7 +171,7 @@ def anatomy_of(model: PreTrainedModel) -> Anatomy:
                     f"models of type '{kind}' cannot be cut: layers {seen[id(parameter)]} and "
                     f"{number} share parameters"
                 )
-    return Anatomy(path, num_layers, _what_layers_return(model, layers))
+    return Anatomy(path, len(layers), _what_layers_return(model, layers))
 
 
 class _Seen(Exception):
@@ -214,7 +236,9 @@ def with_hidden(
 
 def cache_of(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Cache | None:
     """Return the KV cache that a layer was called with, if any."""
-    return next((v for v in (*args, *kwargs.values()) if isinstance(v, Cache)), None)
+    caches = [v for v in (*args, *kwargs.values()) if isinstance(v, Cache)]
+    # Families that can attend to an encoder wrap the cache of a decoder alone in one for both.
+    return getattr(caches[0], "self_attention_cache", caches[0]) if caches else None
 
 
 def note_in_cache(cache: Cache | None, layer: int, note_BT: Tensor) -> Tensor | None:
@@ -243,7 +267,9 @@ class PassThrough(nn.Module):
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Return the hidden states unchanged, in the family's form."""
         hidden_BTD = hidden_of(args, kwargs)
-        note_in_cache(cache_of(args, kwargs), self._number, hidden_BTD.new_zeros(hidden_BTD.shape[:2]))
+        note_in_cache(
+            cache_of(args, kwargs), self._number, hidden_BTD.new_zeros(hidden_BTD.shape[:2])
+        )
         return self._anatomy.as_returned(hidden_BTD)
 
 
@@ -262,14 +288,14 @@ class _Organ(nn.Module):
         self._width = width
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first hidden states among the inputs, or zeros that take no memory."""
+        """Return the first hidden states among the inputs, or a zero to add to them."""
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         for tensor in tensors:
             # A mask may be floating-point too: OPT makes one up and looks positions up by it.
             if tensor.is_floating_point() and tensor.dim() > 2:
                 return tensor
-        zero = torch.zeros((), device=tensors[0].device)
-        return zero.expand(*tensors[0].shape, self._width)
+        # As wide as a position, as long as any number of them: a mask is longer than its queries.
+        return torch.zeros(1, 1, self._width, device=tensors[0].device if tensors else None)
 
 
 def keep_ends(model: PreTrainedModel, anatomy: Anatomy, cut: Cut, remote: nn.Module) -> None:
@@ -331,7 +357,9 @@ def watch_entry(model: nn.Module, anatomy: Anatomy) -> Entry:
             given = {**bound, **bound.get("kwargs", {}), **kwargs}
             for name in ("output_attentions", "output_hidden_states"):
                 if given.get(name):
-                    raise CannotCut(f"{name}=True cannot be answered: the trunk's layers are remote")
+                    raise CannotCut(
+                        f"{name}=True cannot be answered: the trunk's layers are remote"
+                    )
             entry.carried = {k: given[k] for k in CARRIED if isinstance(given.get(k), Tensor)}
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
@@ -379,8 +407,8 @@ class Trunk:
             cache: The trunk's own KV cache, which is extended.
         """
         # Families multiply this, add positions to it, and hand it to layers[lower], whose
-        # pre-hook drops it: only its shape counts.
-        placeholder_BTD = smashed_BTD.new_zeros(()).expand(smashed_BTD.shape)
+        # pre-hook drops it: only its shape counts. Some write into it, so it has its own memory.
+        placeholder_BTD = torch.zeros_like(smashed_BTD, requires_grad=False)
         self._incoming_BTD, self._outgoing_BTD = smashed_BTD, None
         try:
             with contextlib.suppress(_Seen):

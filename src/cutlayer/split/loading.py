@@ -13,7 +13,7 @@ import logging
 import re
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,7 +30,15 @@ from transformers.models.auto.auto_factory import _get_model_class
 from cutlayer.errors import CannotCut, ConfigError, ModelError
 from cutlayer.split.cut import Anatomy, Cut, anatomy_of, keep_ends, keep_trunk, refuse_by_name
 
-__all__ = ["TASKS", "Checkpoint", "Skeleton", "load_ends", "load_trunk", "open_checkpoint", "skeleton_of"]
+__all__ = [
+    "TASKS",
+    "Checkpoint",
+    "Skeleton",
+    "load_ends",
+    "load_trunk",
+    "open_checkpoint",
+    "skeleton_of",
+]
 
 TASKS = {
     "causal-lm": modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING,
@@ -79,11 +87,11 @@ def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
     """
     folder = Path(name)
     if folder.is_dir():
-        fetch: Callable[[str], Path] = lambda file: folder / file  # noqa: E731
+        fetch: Callable[[str], Path] = lambda file: folder / file
     elif folder.is_absolute() or name.startswith((".", "~")) or name.count("/") > 1:
         raise ModelError(f"model folder '{name}' does not exist: check --model_name_or_path")
     else:
-        fetch = lambda file: Path(hf_hub_download(name, file, revision=revision))  # noqa: E731
+        fetch = lambda file: Path(hf_hub_download(name, file, revision=revision))
     try:
         config = AutoConfig.from_pretrained(fetch("config.json").parent)
         refuse_by_name(config)
@@ -208,8 +216,13 @@ def _load(
             prune(self)
             self._keys_to_ignore_on_load_unexpected = {".*"}
 
-    # Some code of transformers reads the class's name.
-    Part.__name__ = cls.__name__
+        def _init_weights(self, module: nn.Module) -> None:
+            # A family may want to start its head's weights anew; at the server there is no head.
+            with suppress(AttributeError):
+                super()._init_weights(module)
+
+    # transformers reads the class's name and module, among others to convert older key names.
+    Part.__name__, Part.__module__ = cls.__name__, cls.__module__
     with _files_of_part(checkpoint, skeleton.anatomy, layers, ends_too=ends_too) as folder:
         try:
             model, info = Part.from_pretrained(folder, output_loading_info=True, **settings)
@@ -308,7 +321,7 @@ def layer_digests(
     mine = {
         file
         for key, file in checkpoint.keys.items()
-        if (number_of(key) in cut if number_of(key) is not None else False) is trunk
+        if ((number := number_of(key)) is not None and number in cut) is trunk
     }
     by_layer: dict[int, list[str]] = {}
     for key in sorted(checkpoint.keys):

@@ -89,8 +89,9 @@ class Assembler:
             raise ProtocolError("a body frame came where a head was expected")
         end = self._filled + len(rest)
         if end > len(self._body) or (kind == _BODY and not rest):
+            promised = len(self._body)
             raise ProtocolError(
-                f"message {self._head.sequence} has {end} bytes: its head promised {len(self._body)}"
+                f"message {self._head.sequence} has {end} bytes: its head promised {promised}"
             )
         self._body[self._filled : end] = rest
         self._filled = end

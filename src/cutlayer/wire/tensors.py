@@ -13,7 +13,14 @@ from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.cutlayer_pb2 import Head, TensorMeta
 from cutlayer.wire.frames import Message
 
-__all__ = ["DTYPES", "attach_tensors", "bytes_of", "dtype_name", "read_tensors", "refuse_not_finite"]
+__all__ = [
+    "DTYPES",
+    "attach_tensors",
+    "bytes_of",
+    "dtype_name",
+    "read_tensors",
+    "refuse_not_finite",
+]
 
 DTYPES: dict[str, torch.dtype] = {
     "float64": torch.float64,
@@ -44,7 +51,9 @@ def dtype_name(dtype: torch.dtype) -> str:
 def bytes_of(tensor: Tensor) -> memoryview:
     """Return a view of a tensor's bytes; only a tensor elsewhere or with gaps is copied."""
     flat = tensor.detach().contiguous().cpu().view(-1)
-    return memoryview(flat.view(torch.uint8).numpy()) if flat.numel() else memoryview(b"")
+    if not flat.numel():
+        return memoryview(b"")
+    return memoryview(flat.view(torch.uint8).numpy())  # type: ignore[arg-type]
 
 
 def attach_tensors(
@@ -99,7 +108,11 @@ def read_tensors(message: Message) -> dict[str, Tensor]:
         part = message.body[offset : offset + meta.nbytes]
         offset += meta.nbytes
         # A slice of the body may start off the dtype's alignment; clone then, which is rare.
-        flat = torch.frombuffer(part, dtype=torch.uint8) if len(part) else torch.empty(0, dtype=torch.uint8)
+        flat = (
+            torch.frombuffer(part, dtype=torch.uint8)
+            if len(part)
+            else torch.empty(0, dtype=torch.uint8)
+        )
         if flat.data_ptr() % stored.itemsize:
             flat = flat.clone()
         tensors[meta.name] = codec.decode(flat.view(stored).view(shape), dtype)
@@ -114,4 +127,6 @@ def refuse_not_finite(tensor: Tensor, what: str, hint: str) -> None:
     """
     if tensor.is_floating_point() and not bool(torch.isfinite(tensor).all()):
         bad = int((~torch.isfinite(tensor)).sum())
-        raise NotFinite(f"{what} has {bad} of {tensor.numel()} values that are NaN or infinite: {hint}")
+        raise NotFinite(
+            f"{what} has {bad} of {tensor.numel()} values that are NaN or infinite: {hint}"
+        )

