@@ -87,19 +87,12 @@ def cli(*words: str) -> None:
 
 def serve(model: Path, output: Path) -> tuple[subprocess.Popen[str], str]:
     """Start a server on a free port; return it and its address."""
-    words = f"--split_bottom_layers 2 --split_top_layers 2 --host 127.0.0.1 --port 0 --threads 1 \
-        --mutual_tls --model_name_or_path {model} --certs {output / 'certs'} --state_dir {output / 'state'}".split()
+    words = ["--split_bottom_layers", "2", "--split_top_layers", "2", "--host", "127.0.0.1"]
+    words += ["--port", "0", "--threads", "1", "--mutual_tls", "--model_name_or_path", str(model)]
+    words += ["--certs", str(output / "certs"), "--state_dir", str(output / "state")]
     log = (output / "server.log").open("w")
     server = subprocess.Popen(
-        [
-            sys.executable,
-            "-m",
-            "cutlayer.cli.main",
-            "serve",
-            "--model_name_or_path",
-            str(model),
-            *words,
-        ],
+        [sys.executable, "-m", "cutlayer.cli.main", "serve", *words],
         stdout=subprocess.PIPE,
         stderr=log,
         text=True,

@@ -58,9 +58,7 @@ def run(args: argparse.Namespace) -> int:
         issue(folder, args.name)
         print(f"{folder}/{args.name}.pem, .key")
     else:
-        issue(
-            folder, "server", hosts=[*args.host, "localhost", "127.0.0.1"], server=True, again=True
-        )
+        issue(folder, "server", hosts=hosts, server=True, again=True)
         print(f"{folder}/server.pem, .key: start the server again to use them")
     return 0
 

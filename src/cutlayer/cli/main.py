@@ -51,6 +51,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _tell(error, getattr(args, "format", "text"))
     except ModuleNotFoundError as error:
         return _tell(_missing_extra(error, args.verb), getattr(args, "format", "text"))
+    except Exception as error:
+        if os.environ.get("CUTLAYER_TRACEBACK"):
+            raise
+        return _tell(_unexpected(error), getattr(args, "format", "text"))
     except KeyboardInterrupt:
         print(f"cutlayer {args.verb}: interrupted", file=sys.stderr)
         return 130
@@ -97,6 +101,22 @@ def _missing_extra(error: ModuleNotFoundError, verb: str) -> CutlayerError:
     return ConfigError(
         f"'cutlayer {verb}' needs the package '{error.name}', which is not installed: run "
         f"pip install 'cutlayer[{extra}]'"
+    )
+
+
+def _unexpected(error: Exception) -> CutlayerError:
+    """Say in one sentence what nobody foresaw, or that a disk is full."""
+    from cutlayer.errors import StorageError
+
+    what = (str(error).strip().splitlines() or [""])[0][:300]
+    # torch writes optimizer states with an error of its own kind.
+    if isinstance(error, OSError) or "PytorchStreamWriter" in what:
+        return StorageError(
+            f"a file could not be read or written ({what}): free space, or name another folder; "
+            "what was complete before is untouched"
+        )
+    return CutlayerError(
+        f"{type(error).__name__}: {what}; set CUTLAYER_TRACEBACK=1 to see where, and report it"
     )
 
 

@@ -130,9 +130,9 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
         dtype=dtype,
         wire_dtype=CODECS[given["codec"]].stored_dtype(dtype),
     )
-    steps = (
-        sft.max_steps if sft.max_steps > 0 else -(-len(rows) * int(sft.num_train_epochs) // batch)
-    )
+    steps = sft.max_steps
+    if steps <= 0:
+        steps = math.ceil(len(rows) * sft.num_train_epochs / batch)
     client_s = cost.client_flops / _flops_per_s(torch)
     link_s = (cost.up_bytes + cost.down_bytes) * 8 / (bandwidth_mbit * 1e6)
     return {

@@ -32,6 +32,7 @@ class TrunkOptimizer:
         self._model = model
         self._clip_factor = 1.0
         self._declared = False
+        self._followed: torch.optim.Optimizer | None = None
         self._parameters = {
             name: p
             for name, p in model.named_parameters()  # type: ignore[attr-defined]
@@ -51,7 +52,9 @@ class TrunkOptimizer:
                 f"optimizer {type(optimizer).__module__}.{name} cannot run at the server: choose "
                 f"one of torch.optim's {', '.join(offered)} (--optim adamw_torch)"
             )
-        optimizer.register_step_post_hook(self._stepped)
+        if self._followed is not optimizer:  # a trainer that trains again keeps its optimizer
+            optimizer.register_step_post_hook(self._stepped)
+            self._followed, self._declared = optimizer, False
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_args: Any) -> None:
         remote = self._model.remote_trunk

@@ -161,7 +161,7 @@ class Session:
         numbers = [asked.clip_factor, *(n for g in groups for n in (*g.numbers.values(), *g.betas))]
         if not all(map(math.isfinite, numbers)):
             raise ProtocolError("a number of the optimizer step is not finite")
-        if self.trunk.optimizer is None:
+        if any(group.names for group in groups):
             self.settings["optimizer"] = asked.optimizer
             self.settings["groups"] = [
                 {

@@ -53,7 +53,7 @@ class Group:
     flags: Mapping[str, bool]
     betas: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
-    """The trunk's parameters in this group; asked for at the first step only."""
+    """The trunk's parameters in this group; given at an optimizer's first step only."""
 
 
 @dataclass(frozen=True)
@@ -288,7 +288,7 @@ class TenantTrunk:
         Raises:
             Refused: If the optimizer or its settings are not those of the table.
         """
-        if self.optimizer is None:
+        if self.optimizer is None or any(group.names for group in groups):
             self.optimizer = self._make_optimizer(optimizer, groups)
         for group, given in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(given.numbers)

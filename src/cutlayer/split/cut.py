@@ -38,6 +38,8 @@ from cutlayer.errors import CannotCut
 _RECURRENT = "some of its layers keep a recurrent state, which a remote trunk cannot answer for"
 _PER_LAYER_INPUTS = "its layers take inputs of their own that are computed from the tokens"
 _SPREAD = "each of its layers is spread over several lists of modules"
+_SHARED_TABLE = "its layers look positions up in a table outside them, which only one side can hold"
+_STREAMS = "its layers hand on more than one tensor of hidden states"
 _INSIDE = "its forward reaches into the layers instead of calling them"
 
 REFUSED: dict[str, str] = {
@@ -46,17 +48,18 @@ REFUSED: dict[str, str] = {
             "bailing_hybrid", "bamba", "falcon_h1", "falcon_mamba", "granitemoehybrid", "jamba",
             "kimi_linear", "lfm2", "lfm2_moe", "lfm3", "mamba", "mamba2", "minimax", "nemotron_h",
             "olmo_hybrid", "qwen3_5", "qwen3_5_moe", "qwen3_5_moe_text", "qwen3_5_text",
-            "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "zamba",
-            "zamba2", "xlstm",
+            "qwen3_next", "qwen4_exp", "qwen4_exp_text", "recurrent_gemma", "rwkv", "xlstm",
+            "zamba", "zamba2",
         ),
         _RECURRENT,
     ),
     **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified"), _PER_LAYER_INPUTS),
     **dict.fromkeys(("flaubert", "xlm"), _SPREAD),
-    **dict.fromkeys(("git", "inkling_text", "inkling2_text"), _INSIDE),
+    **dict.fromkeys(("git", "inkling2_text", "xmod"), _INSIDE),
+    **dict.fromkeys(("deberta", "deberta-v2", "layoutlmv3", "mpnet", "roformer"), _SHARED_TABLE),
+    **dict.fromkeys(("ibert", "lilt", "reformer", "xlnet", "zaya"), _STREAMS),
+    "canine": "its layers see a shortened sequence of characters",
     "cpmant": "its forward takes tokens only, so the trunk cannot be entered with activations",
-    "reformer": "its layers hand on two reversible streams",
-    "roformer": "its layers take rotary angles from a table outside them",
 }  # fmt: skip
 
 # What the trunk needs besides the activations. Both are taken where the model is entered, because

@@ -1,0 +1,188 @@
+"""TRL does not notice: its SFTTrainer, unmodified, trains a split model as it trains a whole one."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM
+from trl import SFTConfig, SFTTrainer
+
+import cutlayer
+from tests.site import Site, adapter_of, batch_of, equal, lora
+from tests.tokens import dataset, tokenizer
+
+WORDS = ("loss", "grad_norm", "learning_rate", "eval_loss")
+
+
+def settings_of(folder: Path, **settings: Any) -> SFTConfig:
+    """Return the settings of a run of 20 optimizer steps in which the clipping bites."""
+    asked = {
+        "max_steps": 20,
+        "per_device_train_batch_size": 2,
+        "gradient_accumulation_steps": 2,
+        "warmup_steps": 5,
+        "lr_scheduler_type": "cosine",
+        "learning_rate": 1e-2,
+        "weight_decay": 0.1,
+        "max_grad_norm": 0.05,
+        "optim": "adamw_torch",
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "bf16": False,
+        "gradient_checkpointing": False,
+        "use_cpu": True,
+        "disable_tqdm": True,
+        "max_length": 64,
+        "seed": 3,
+        "dataset_num_proc": None,
+    }
+    return SFTConfig(output_dir=str(folder), **{**asked, **settings})
+
+
+def trainer_of(model: Any, folder: Path, **settings: Any) -> SFTTrainer:
+    """Return an SFTTrainer; a split model is attached to it, and nothing else is different."""
+    trainer = SFTTrainer(
+        model=model,
+        args=settings_of(folder, **settings),
+        train_dataset=dataset(48),
+        eval_dataset=dataset(6, seed=1),
+        processing_class=tokenizer(),
+    )
+    if hasattr(model, "remote_trunk"):
+        cutlayer.attach(trainer)
+    return trainer
+
+
+def logged(trainer: SFTTrainer) -> list[dict[str, float]]:
+    """Return what was logged at every step, without times."""
+    history = [{k: v for k, v in entry.items() if k in WORDS} for entry in trainer.state.log_history]
+    return [entry for entry in history if entry]
+
+
+@pytest.fixture(scope="module")
+def whole_run(llama: Site, tmp_path_factory: pytest.TempPathFactory) -> tuple[SFTTrainer, Any]:
+    """The unsplit run: 20 steps, with an evaluation after every seventh."""
+    whole = llama.unsplit()
+    folder = tmp_path_factory.mktemp("whole")
+    trainer = trainer_of(whole, folder, eval_strategy="steps", eval_steps=7)
+    trainer.train()
+    return trainer, whole
+
+
+def test_twenty_steps_are_those_of_the_unsplit_trainer(llama: Site, whole_run: Any, tmp_path: Path):
+    """Losses, grad norms, evaluation losses and the final adapter are equal, key for key."""
+    whole_trainer, whole = whole_run
+
+    with llama.connect() as split:
+        trainer = trainer_of(split, tmp_path, eval_strategy="steps", eval_steps=7)
+        trainer.train()
+        adapter = adapter_of(split)
+
+    assert len(logged(trainer)) >= 20
+    assert logged(whole_trainer) == logged(trainer)
+    assert min(entry.get("grad_norm", 1) for entry in logged(trainer)) > 0.05
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_evaluation_does_not_disturb_training(llama: Site, whole_run: Any, tmp_path: Path):
+    """A run without evaluations ends with the adapter of the run that had some."""
+    _trainer, whole = whole_run
+
+    with llama.connect() as split:
+        trainer_of(split, tmp_path).train()
+        adapter = adapter_of(split)
+
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_saved_model_is_one_ordinary_adapter(llama: Site, tmp_path: Path):
+    """`save_model` writes a folder that stock peft loads into the unsplit model, logits equal."""
+    batch = batch_of(7)
+    with llama.connect() as split:
+        trainer = trainer_of(split, tmp_path, max_steps=3)
+        trainer.train()
+        trainer.save_model(str(tmp_path / "final"))
+        split.eval()
+        with torch.no_grad():
+            found = split(**batch).logits
+
+    base = AutoModelForCausalLM.from_pretrained(llama.folder)
+    stock = PeftModel.from_pretrained(base, tmp_path / "final").eval()
+
+    with torch.no_grad():
+        assert torch.equal(stock(**batch).logits, found)
+
+
+def test_resumed_run_is_the_uninterrupted_run(llama: Site, whole_run: Any, tmp_path: Path):
+    """A run that is cut off after 10 of 20 steps and resumed ends as if it had not been."""
+    whole_trainer, whole = whole_run
+    saving = {"save_strategy": "steps", "save_steps": 10, "save_total_limit": 1}
+
+    with llama.connect(run="resumed") as split:
+        trainer = trainer_of(split, tmp_path, **saving)
+        stop_after(trainer, 10)
+        trainer.train()
+    with llama.connect(run="resumed") as split:
+        trainer = trainer_of(split, tmp_path, **saving)
+        trainer.train(resume_from_checkpoint=True)
+        adapter = adapter_of(split)
+
+    expected = [entry["loss"] for entry in logged(whole_trainer) if "loss" in entry]
+    assert expected == [entry["loss"] for entry in logged(trainer) if "loss" in entry]
+    assert equal(adapter_of(whole), adapter)
+
+
+def stop_after(trainer: SFTTrainer, steps: int) -> None:
+    """Cut a run off after so many steps, its schedule unchanged."""
+    from transformers import TrainerCallback
+
+    class Stop(TrainerCallback):
+        def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+            control.should_training_stop = state.global_step >= steps
+
+    trainer.add_callback(Stop())
+
+
+def test_gradient_checkpointing_at_the_server_changes_nothing(
+    llama: Site, whole_run: Any, tmp_path: Path
+):
+    """A trunk that computes its layers again gives the same run."""
+    _trainer, whole = whole_run
+
+    with llama.connect(gradient_checkpointing=True) as split:
+        trainer_of(split, tmp_path).train()
+        adapter = adapter_of(split)
+
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_bf16_autocast_is_exact(llama: Site, tmp_path: Path):
+    """A run under bf16 autocast, which the server is told of, is the unsplit one."""
+    whole = llama.unsplit()
+    expected = trainer_of(whole, tmp_path / "whole", bf16=True, max_steps=5)
+    expected.train()
+
+    with llama.connect() as split:
+        found = trainer_of(split, tmp_path / "split", bf16=True, max_steps=5)
+        found.train()
+        adapter = adapter_of(split)
+
+    assert logged(expected) == logged(found)
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_dropout_is_the_same_from_run_to_run(llama: Site, tmp_path: Path):
+    """With dropout on, two runs of one seed are equal, and one of another seed is not."""
+    adapters = []
+    for number, seed in enumerate((0, 0, 1)):
+        with llama.connect(peft_config=lora(lora_dropout=0.2), seed=seed) as split:
+            trainer_of(split, tmp_path / str(number), max_steps=4).train()
+            adapters.append(adapter_of(split))
+
+    assert equal(adapters[0], adapters[1])
+    assert not equal(adapters[0], adapters[2])
