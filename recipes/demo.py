@@ -16,11 +16,14 @@ import shutil
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+
+warnings.filterwarnings("ignore", category=FutureWarning)
 
 HERE = Path(__file__).parent
 SHOWN = 3

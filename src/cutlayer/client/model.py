@@ -5,9 +5,9 @@
 from __future__ import annotations
 
 import contextlib
-import itertools
+import functools
 import uuid
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +22,9 @@ from peft import (
 )
 from torch import Tensor
 from transformers import PreTrainedModel
-from transformers.utils import ModelOutput
 
 from cutlayer.client.checkpoint import read_adapter, write_adapter
+from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Address, Connection
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError, Refused
@@ -39,7 +39,8 @@ from cutlayer.split.adapters import (
     seed_adapter,
     union,
 )
-from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed, watch_entry
+from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed
+from cutlayer.split.entry import watch_entry
 from cutlayer.split.loading import (
     Checkpoint,
     Skeleton,
@@ -55,8 +56,6 @@ from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.tensors import DTYPES
 
 __all__ = ["SplitModel", "agreement_of", "connect"]
-
-IGNORED_LABEL = -100
 
 
 class SplitModel:
@@ -83,13 +82,15 @@ class SplitModel:
         All chunks are sent before the first is awaited, so the trunk works on one while we work
         on another. The loss is that of the whole batch, each token weighing the same.
         """
-        rows = _rows(kwargs)
+        rows = rows_in(kwargs)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
         if whole or not torch.is_grad_enabled():
             return super().forward(*args, **kwargs)  # type: ignore[misc]
-        parts = [_rows_of(kwargs, rows, span) for span in _spans(rows, self.chunks)]
+        parts = [rows_of(kwargs, rows, span) for span in spans(rows, self.chunks)]
         run = super().forward  # type: ignore[misc]
-        on_their_way = chunks_sent(self.remote_trunk, [_bound(run, part) for part in parts])
+        on_their_way = chunks_sent(
+            self.remote_trunk, [functools.partial(run, **part) for part in parts]
+        )
         outputs = []
         for part, sent in zip(parts, on_their_way, strict=True):
             with (
@@ -97,10 +98,8 @@ class SplitModel:
                 bottom_bypassed(self.hf_model, self.anatomy, self.cut),
             ):
                 outputs.append(run(**part))
-        return _joined(outputs, [_weight(part) for part in parts], self._mean_of_tokens(kwargs))
-
-    def _mean_of_tokens(self, kwargs: Mapping[str, Any]) -> bool:
-        return kwargs.get("num_items_in_batch") is None
+        loss_is_mean = kwargs.get("num_items_in_batch") is None
+        return joined(outputs, [weight_of(part) for part in parts], loss_is_mean=loss_is_mean)
 
     @property
     def hf_model(self) -> PreTrainedModel:
@@ -387,63 +386,3 @@ def _wrapped(
     model.anatomy, model.cut, model.chunks = anatomy, cut, chunks
     model.keeps_adapter = reply.keeps_adapter
     return model
-
-
-# ---------------------------------------------------------------------- micro-chunks
-
-
-def _rows(kwargs: Mapping[str, Any]) -> int:
-    given = kwargs.get("input_ids")
-    if given is None:
-        given = kwargs.get("inputs_embeds")
-    return given.shape[0] if isinstance(given, Tensor) else 0
-
-
-def _spans(rows: int, chunks: int) -> list[slice]:
-    edges = [round(rows * i / min(chunks, rows)) for i in range(min(chunks, rows) + 1)]
-    return [slice(start, end) for start, end in itertools.pairwise(edges)]
-
-
-def _rows_of(kwargs: Mapping[str, Any], rows: int, span: slice) -> dict[str, Any]:
-    def cut_rows(value: Any) -> Any:
-        in_rows = isinstance(value, Tensor) and value.dim() > 0 and value.shape[0] == rows
-        return value[span] if in_rows else value
-
-    return {name: cut_rows(value) for name, value in kwargs.items()}
-
-
-def _bound(run: Any, part: dict[str, Any]) -> Any:
-    return lambda: run(**part)
-
-
-def _weight(part: Mapping[str, Any]) -> int:
-    """Return over how many items the loss of this chunk is a mean: tokens, or rows."""
-    labels = part.get("shift_labels")
-    if labels is None:
-        labels = part.get("labels")
-        if not isinstance(labels, Tensor):
-            return _rows(part)
-        if labels.dim() != 2 or labels.is_floating_point():
-            return labels.shape[0]
-        labels = labels[:, 1:]
-    return int((labels != IGNORED_LABEL).sum())
-
-
-def _joined(outputs: list[Any], weights: list[int], loss_is_mean: bool) -> Any:
-    """Return the output of the whole batch from those of its chunks."""
-    total = max(sum(weights), 1)
-
-    def join(name: str) -> Any:
-        values = [output[name] for output in outputs]
-        if not isinstance(values[0], Tensor):
-            return None
-        if values[0].dim() > 0:
-            return torch.cat(values)
-        if name == "loss" and not loss_is_mean:
-            return torch.stack(values).sum()
-        # A chunk without a supervised token has a mean of nothing, which is NaN: leave it out.
-        shares = [v * (w / total) for v, w in zip(values, weights, strict=True) if w]
-        return torch.stack(shares).sum() if shares else values[0]
-
-    kind: type[ModelOutput] = type(outputs[0])
-    return kind(**{name: join(name) for name in outputs[0]})

@@ -28,7 +28,8 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from cutlayer.errors import CannotCut
-from cutlayer.split.cut import Anatomy, Entry, cache_of, hidden_of, note_in_cache
+from cutlayer.split.cut import Anatomy, cache_of, hidden_of, note_in_cache
+from cutlayer.split.entry import Entry
 from cutlayer.wire.tensors import refuse_not_finite
 
 __all__ = ["Answer", "Chunk", "Link", "Question", "RemoteTrunk", "chunks_sent"]
@@ -290,7 +291,9 @@ class _Receive(torch.autograd.Function):
         ctx.link, ctx.sent = link, sent
         out_BTD = sent.output.wait()
         assert out_BTD is not None
-        return out_BTD.to(ticket.device)
+        # Autograd hangs this node on what is returned. Were that the very tensor that `sent` holds,
+        # the two would keep each other alive, and the trunk's graph with them.
+        return out_BTD.detach().to(ticket.device)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:

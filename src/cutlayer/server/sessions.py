@@ -23,7 +23,8 @@ from cutlayer.errors import ConfigError, CutlayerError, ProtocolError, Refused
 from cutlayer.server.store import State, Store, is_plain_name
 from cutlayer.server.trunk import OPTIMIZERS, Group, SharedTrunk, TenantTrunk
 from cutlayer.split.adapters import LoraTarget, TrunkLora
-from cutlayer.split.cut import CARRIED, Cut
+from cutlayer.split.cut import Cut
+from cutlayer.split.entry import CARRIED
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
 from cutlayer.wire.codecs import CODECS

@@ -297,7 +297,8 @@ class TenantTrunk:
         if clip_factor != 1.0:
             grads = [p.grad for p in self.parameters.values() if p.grad is not None]
             if grads:
-                torch._foreach_mul_(grads, torch.tensor(clip_factor, device=grads[0].device))
+                factor = torch.tensor(clip_factor, dtype=grads[0].dtype, device=grads[0].device)
+                torch._foreach_mul_(grads, factor)
         self.optimizer.step()
         self.zero_grad()
         self.step = step

@@ -21,9 +21,8 @@ References:
 from __future__ import annotations
 
 import contextlib
-import inspect
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -61,10 +60,6 @@ REFUSED: dict[str, str] = {
     "canine": "its layers see a shortened sequence of characters",
     "cpmant": "its forward takes tokens only, so the trunk cannot be entered with activations",
 }  # fmt: skip
-
-# What the trunk needs besides the activations. Both are taken where the model is entered, because
-# below that point a family has already turned them into masks and angles of its own kind.
-CARRIED = ("attention_mask", "position_ids")
 
 
 @dataclass(frozen=True)
@@ -327,50 +322,6 @@ def _replace_organs(module: nn.Module, layers: nn.ModuleList, width: int) -> Non
             _replace_organs(child, layers, width)
         elif next(child.parameters(), None) is not None:
             setattr(module, name, _Organ(width))
-
-
-@dataclass
-class Entry:
-    """What was handed to a model when it was entered, as far as the trunk needs it."""
-
-    carried: dict[str, Tensor] = field(default_factory=dict)
-    depth: int = 0
-
-
-def watch_entry(model: nn.Module, anatomy: Anatomy) -> Entry:
-    """Return a record that holds what `model` was last called with, while it runs.
-
-    The outermost module around the layers that is called decides: trainers and PEFT call a model
-    at different depths, and OPT bypasses its base model.
-
-    Raises (in the model's forward):
-        CannotCut: If attentions or hidden states of all layers are asked for.
-    """
-    entry = Entry()
-    for module in anatomy.ancestors(model):
-        signature = inspect.signature(module.forward)
-
-        def enter(
-            _module: nn.Module, args: Any, kwargs: Any, _signature: inspect.Signature = signature
-        ) -> None:
-            entry.depth += 1
-            if entry.depth > 1:
-                return
-            bound = _signature.bind_partial(*args, **kwargs).arguments
-            given = {**bound, **bound.get("kwargs", {}), **kwargs}
-            for name in ("output_attentions", "output_hidden_states"):
-                if given.get(name):
-                    raise CannotCut(
-                        f"{name}=True cannot be answered: the trunk's layers are remote"
-                    )
-            entry.carried = {k: given[k] for k in CARRIED if isinstance(given.get(k), Tensor)}
-
-        def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
-            entry.depth -= 1
-
-        module.register_forward_pre_hook(enter, with_kwargs=True)
-        module.register_forward_hook(leave, always_call=True)
-    return entry
 
 
 class Trunk:

@@ -177,6 +177,7 @@ def load_ends(
 
     Raises:
         ModelError: If weights of this part are missing.
+        ConfigError: If the family does not know one of the settings.
     """
     ends = set(range(skeleton.anatomy.num_layers)) - set(range(cut.lower, cut.upper))
 
@@ -226,6 +227,11 @@ def _load(
     with _files_of_part(checkpoint, skeleton.anatomy, layers, ends_too=ends_too) as folder:
         try:
             model, info = Part.from_pretrained(folder, output_loading_info=True, **settings)
+        except ValueError as error:
+            raise ConfigError(
+                f"'{checkpoint.name}' cannot be loaded with these settings ({_first_line(error)}): "
+                "check --attn_implementation and --dtype"
+            ) from error
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ModelError(
                 f"the weights of '{checkpoint.name}' cannot be read ({_first_line(error)}): "
