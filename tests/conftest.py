@@ -64,9 +64,7 @@ def certs(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def serve(
-    certs: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Iterator[Callable[..., Site]]:
+def serve(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Site]]:
     """Return a function that serves a folder over TLS, once a folder and setting."""
     sites: dict[tuple[object, ...], Site] = {}
 

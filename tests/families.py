@@ -1,7 +1,7 @@
 """Split every model type of transformers and compare it with the whole, bit for bit.
 
-    python -m tests.families --write docs/families.md     # the table, one row a type
-    python -m tests.families llama gpt2                    # some types, on the screen
+python -m tests.families --write docs/families.md     # the table, one row a type
+python -m tests.families llama gpt2                    # some types, on the screen
 """
 
 from __future__ import annotations
@@ -254,7 +254,10 @@ def main() -> int:
     with ProcessPoolExecutor(asked.processes) as pool:
         for v in pool.map(verdict_on, *zip(*jobs, strict=True)):
             verdicts.append(v)
-            print(f"{v.task:<24} {v.model_type:<26} {v.kind:<14} {v.reason} | {v.generates}", flush=True)
+            print(
+                f"{v.task:<24} {v.model_type:<26} {v.kind:<14} {v.reason} | {v.generates}",
+                flush=True,
+            )
     if asked.write:
         asked.write.parent.mkdir(parents=True, exist_ok=True)
         asked.write.write_text(table(verdicts))

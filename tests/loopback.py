@@ -18,7 +18,8 @@ from transformers import PreTrainedModel
 from cutlayer.client.remote_trunk import Question, RemoteTrunk
 from cutlayer.server.trunk import TenantTrunk
 from cutlayer.split.adapters import TrunkLora
-from cutlayer.split.cut import Anatomy, Cut, anatomy_of, keep_ends, keep_trunk, watch_entry
+from cutlayer.split.cut import Anatomy, Cut, anatomy_of, keep_ends, keep_trunk
+from cutlayer.split.entry import watch_entry
 from cutlayer.split.loading import load_ends, load_trunk, open_checkpoint, skeleton_of
 
 
@@ -71,11 +72,15 @@ class Split:
 
     def gradients(self) -> dict[str, Tensor]:
         """Return every gradient of both parts by parameter name."""
-        found = {n: p.grad for part in (self.client, self.served) for n, p in part.named_parameters()}
+        found = {
+            n: p.grad for part in (self.client, self.served) for n, p in part.named_parameters()
+        }
         return {name: grad for name, grad in found.items() if grad is not None}
 
 
-def _joined(client: PreTrainedModel, served: PreTrainedModel, anatomy: Anatomy, cut: Cut, remote: Any) -> Split:
+def _joined(
+    client: PreTrainedModel, served: PreTrainedModel, anatomy: Anatomy, cut: Cut, remote: Any
+) -> Split:
     remote.entry = watch_entry(client, anatomy)
     remote.link = Loopback(TenantTrunk(served, anatomy, cut, TrunkLora(())))
     return Split(client, served)
@@ -130,7 +135,9 @@ def differences(whole: PreTrainedModel, split: Split, batch: dict[str, Tensor]) 
     return faults
 
 
-def generated(model: PreTrainedModel, batch: dict[str, Tensor], **settings: Any) -> tuple[Tensor, ...]:
+def generated(
+    model: PreTrainedModel, batch: dict[str, Tensor], **settings: Any
+) -> tuple[Tensor, ...]:
     """Return the tokens that a model generates, and the logits of each."""
     model.eval()
     out = model.generate(

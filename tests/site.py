@@ -52,7 +52,9 @@ class Site:
 
     def unsplit(self, config: LoraConfig | None = None, *, seed: int = 0, **settings: Any) -> Any:
         """Return the ordinary PeftModel that starts where a split run starts."""
-        return unsplit(self.folder, config or lora(self.task), task=self.task, seed=seed, **settings)
+        return unsplit(
+            self.folder, config or lora(self.task), task=self.task, seed=seed, **settings
+        )
 
 
 def site_of(folder: Path, certs: Path, state_dir: Path, **settings: Any) -> Site:
@@ -103,7 +105,9 @@ class Loop:
     clip: Any
 
     @classmethod
-    def over(cls, model: Any, *, lr: float = 1e-2, kind: Any = torch.optim.AdamW, **settings: Any) -> Loop:
+    def over(
+        cls, model: Any, *, lr: float = 1e-2, kind: Any = torch.optim.AdamW, **settings: Any
+    ) -> Loop:
         """Return a loop with a fresh optimizer; a split model's trunk follows it."""
         trained = [p for p in model.parameters() if p.requires_grad]
         # As one group, since a client may train nothing of its own: torch refuses an empty list.
@@ -136,7 +140,9 @@ def adapter_of(model: Any) -> dict[str, Tensor]:
 def equal(expected: Any, found: Any) -> bool:
     """Say whether two tensors, lists or dicts of tensors are the same bit for bit."""
     if isinstance(expected, dict):
-        return expected.keys() == found.keys() and all(equal(expected[k], found[k]) for k in expected)
+        return expected.keys() == found.keys() and all(
+            equal(expected[k], found[k]) for k in expected
+        )
     if isinstance(expected, list | tuple):
         return len(expected) == len(found) and all(map(equal, expected, found))
     return bool(torch.equal(expected, found))

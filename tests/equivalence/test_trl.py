@@ -1,4 +1,4 @@
-"""TRL does not notice: its SFTTrainer, unmodified, trains a split model as it trains a whole one."""
+"""TRL does not notice: its SFTTrainer, unmodified, trains a split model as it does a whole one."""
 
 from __future__ import annotations
 
@@ -60,7 +60,9 @@ def trainer_of(model: Any, folder: Path, **settings: Any) -> SFTTrainer:
 
 def logged(trainer: SFTTrainer) -> list[dict[str, float]]:
     """Return what was logged at every step, without times."""
-    history = [{k: v for k, v in entry.items() if k in WORDS} for entry in trainer.state.log_history]
+    history = [
+        {k: v for k, v in entry.items() if k in WORDS} for entry in trainer.state.log_history
+    ]
     return [entry for entry in history if entry]
 
 
@@ -177,12 +179,15 @@ def test_bf16_autocast_is_exact(llama: Site, tmp_path: Path):
 
 
 def test_dropout_is_the_same_from_run_to_run(llama: Site, tmp_path: Path):
-    """With dropout on, two runs of one seed are equal, and one of another seed is not."""
+    """With dropout on, two runs of one seed are equal, and one without dropout is another."""
     adapters = []
-    for number, seed in enumerate((0, 0, 1)):
-        with llama.connect(peft_config=lora(lora_dropout=0.2), seed=seed) as split:
+    for number, dropout in enumerate((0.2, 0.2, 0.0)):
+        with llama.connect(peft_config=lora(lora_dropout=dropout)) as split:
             trainer_of(split, tmp_path / str(number), max_steps=4).train()
             adapters.append(adapter_of(split))
 
-    assert equal(adapters[0], adapters[1])
-    assert not equal(adapters[0], adapters[2])
+    same, again, without = adapters
+    of_trunk = [name for name in same if ".layers.3." in name]
+    assert equal(same, again)
+    assert of_trunk
+    assert all(not equal(same[name], without[name]) for name in of_trunk)

@@ -6,6 +6,7 @@ import contextlib
 import queue
 import threading
 import time
+from collections import deque
 from collections.abc import Iterator, Mapping
 from concurrent.futures import Future
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -112,6 +113,7 @@ class Connection:
         self._codec = "raw"
         self._outgoing: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
         self._waiting: dict[int, Pending] = {}
+        self._farewells: deque[pb.Head] = deque()
         self._sequence = 0
         self._send_lock = threading.Lock()
         self._failure: CutlayerError | None = None
@@ -167,11 +169,11 @@ class Connection:
     def close(self) -> None:
         """Give the session back and close the channel; closing twice is allowed."""
         if self.session and self._failure is None:
-            self._outgoing.put(None)
             asked = pb.CloseSessionRequest(session=self.session)
-            # The stream's end may have closed the session already.
+            # First the call, which waits until what the server keeps is kept; then the stream.
             with contextlib.suppress(CutlayerError):
                 self._unary("CloseSession", asked, pb.CloseSessionReply, self._idle_timeout_s)
+            self._outgoing.put(None)
         self.session = ""
         self._failure = self._failure or ConnectionFailed("the session was closed")
         self._channel.close()
@@ -255,11 +257,16 @@ class Connection:
         with self._send_lock:
             if self._failure is not None:
                 raise self._failure
-            self._sequence += 1
-            head.sequence = self._sequence
-            pending = Pending(self, head.sequence, unattended=unattended)
-            self._waiting[head.sequence] = pending
-            self._outgoing.put(list(frames_of(head, parts)))
+            while self._farewells:
+                self._put(self._farewells.popleft(), [], unattended=True)
+            return self._put(head, parts, unattended=unattended)
+
+    def _put(self, head: pb.Head, parts: list[memoryview], *, unattended: bool) -> Pending:
+        self._sequence += 1
+        head.sequence = self._sequence
+        pending = Pending(self, head.sequence, unattended=unattended)
+        self._waiting[head.sequence] = pending
+        self._outgoing.put(list(frames_of(head, parts)))
         return pending
 
     def await_reply(self, pending: Pending) -> dict[str, Tensor]:
@@ -317,8 +324,8 @@ class Connection:
         self._tell(pb.Head(drop_cache=pb.DropCache(cache=cache)))
 
     def _tell(self, head: pb.Head) -> None:
-        if self._failure is None:
-            self.request(head, unattended=True)
+        # The collector may call this at any moment, within `request` too: it must take no lock.
+        self._farewells.append(head)
 
 
 @dataclass

@@ -264,7 +264,7 @@ def connect(
         top_layers=top_layers,
         num_layers=skeleton.anatomy.num_layers,
     )
-    plan = _plan(skeleton, peft_config, cut, train, seed)
+    plan = _plan(skeleton, peft_config, cut, train, seed, model)
     connection = Connection(
         Address(server, _path(ca), _path(cert), _path(key), plaintext=plaintext),
         connect_timeout_s=connect_timeout_s,
@@ -319,10 +319,17 @@ def _check(codec: str, chunks: int, dtype: str) -> None:
 
 
 def _plan(
-    skeleton: Skeleton, config: PeftConfig | None, cut: Cut, train: Iterable[str], seed: int
+    skeleton: Skeleton,
+    config: PeftConfig | None,
+    cut: Cut,
+    train: Iterable[str],
+    seed: int,
+    name: str,
 ) -> AdapterPlan:
     if config is not None:
-        return plan_adapter(skeleton, config, cut, train=train, seed=seed)
+        plan = plan_adapter(skeleton, config, cut, train=train, seed=seed)
+        plan.config.base_model_name_or_path = name
+        return plan
     return AdapterPlan(LoraConfig(), TrunkLora((), seed=seed), {}, {})
 
 

@@ -119,6 +119,7 @@ class _Stream:
                 return
             answered += 1
             yield from frames_of(*reply)
+            self._room.release()
 
     def _read(self) -> None:
         assembler = Assembler(max_message_bytes=self._session.limits.max_message_bytes)
@@ -145,7 +146,6 @@ class _Stream:
 
     def _answer(self, message: Message, arrived_s: float) -> None:
         self._outgoing.put(self._session.answer(message, arrived_s))
-        self._room.release()
 
 
 def _failure(error: CutlayerError) -> pb.Head:

@@ -50,7 +50,7 @@ class Store:
     root: Path
 
     def save(self, tenant: str, run: str, state: State) -> None:
-        """Write a state and drop all but the last two of this run.
+        """Write a state and drop all but the two that were saved last under this name.
 
         Raises:
             StorageError: If the disk is full or cannot be written; older states stay.
@@ -76,17 +76,18 @@ class Store:
                 f"the server could not save step {state.step} of run '{run}' ({reason}): its "
                 "operator must free space; what was saved before is untouched"
             ) from error
-        for step in self.steps(tenant, run)[:-_KEPT_STATES]:
-            shutil.rmtree(home / f"step-{step}", ignore_errors=True)
+        for folder in _by_age(home)[:-_KEPT_STATES]:
+            shutil.rmtree(folder, ignore_errors=True)
 
     def load(self, tenant: str, run: str, step: int | None = None) -> State:
-        """Read the state of one step, or of the last.
+        """Read the state of one step, or the one that was saved last.
 
         Raises:
             Refused: If there is none.
         """
         steps = self.steps(tenant, run)
-        wanted = step if step is not None else (steps[-1] if steps else None)
+        newest = _by_age(self._home(tenant, run))[-1:]
+        wanted = step if step is not None else next(map(_step_of, newest), None)
         if wanted not in steps:
             held = f"it holds steps {', '.join(map(str, steps))}" if steps else "it holds none"
             raise Refused(
@@ -103,8 +104,7 @@ class Store:
 
     def steps(self, tenant: str, run: str) -> list[int]:
         """Return the steps held of a run, ascending."""
-        found = self._home(tenant, run).glob("step-*")
-        return sorted(int(path.name.removeprefix("step-")) for path in found)
+        return sorted(map(_step_of, self._home(tenant, run).glob("step-*")))
 
     def _home(self, tenant: str, run: str) -> Path:
         if not (is_plain_name(tenant) and is_plain_name(run)):
@@ -112,3 +112,12 @@ class Store:
                 f"run name '{run}' is not plain: use letters, digits, '.', '_' and '-', at most 64"
             )
         return self.root / tenant / run
+
+
+def _step_of(folder: Path) -> int:
+    return int(folder.name.removeprefix("step-"))
+
+
+def _by_age(home: Path) -> list[Path]:
+    # Not by step: a new run under an old name begins at step 0 again.
+    return sorted(home.glob("step-*"), key=lambda folder: folder.stat().st_mtime_ns)

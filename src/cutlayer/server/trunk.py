@@ -129,6 +129,7 @@ class TenantTrunk:
             except ValueError as error:
                 raise ConfigError(f"the LoRA does not fit this trunk: {error}") from None
             seed_adapter(self.peft, self.lora.seed)
+            self.model.eval()  # peft's new modules are born in training mode
         # The hooks of `Trunk` sit on the layers of this copy, outside what is checkpointed.
         self._trunk = Trunk(self.model, self.anatomy, self.cut)
         if self.gradient_checkpointing:

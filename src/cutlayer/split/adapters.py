@@ -115,7 +115,7 @@ def plan_adapter(
     try:
         whole = PeftModel(model, config, ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
-        raise ConfigError(f"the LoRA cannot be placed: {error}") from error
+        raise ConfigError(f"the LoRA cannot be placed: {str(error).rstrip('.')}") from error
     of_trunk = _in_trunk(skeleton.anatomy, cut)
     shapes = {n: tuple(p.shape) for n, p in whole.named_parameters() if p.requires_grad}
     modules = {

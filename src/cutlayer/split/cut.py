@@ -52,13 +52,15 @@ REFUSED: dict[str, str] = {
         ),
         _RECURRENT,
     ),
-    **dict.fromkeys(("gemma4", "gemma4_text", "gemma4_unified"), _PER_LAYER_INPUTS),
+    **dict.fromkeys(("gemma4", "gemma4_text"), _PER_LAYER_INPUTS),
     **dict.fromkeys(("flaubert", "xlm"), _SPREAD),
     **dict.fromkeys(("git", "inkling2_text", "xmod"), _INSIDE),
     **dict.fromkeys(("deberta", "deberta-v2", "layoutlmv3", "mpnet", "roformer"), _SHARED_TABLE),
     **dict.fromkeys(("ibert", "lilt", "reformer", "xlnet", "zaya"), _STREAMS),
+    **dict.fromkeys(("emu3", "mllama"), "its text model has no checkpoint of its own"),
+    "longformer": "its forward computes the global attention from the tokens",
     "canine": "its layers see a shortened sequence of characters",
-    "cpmant": "its forward takes tokens only, so the trunk cannot be entered with activations",
+    **dict.fromkeys(("cpmant", "esmc"), "its forward takes tokens only and no activations"),
 }  # fmt: skip
 
 
@@ -286,14 +288,20 @@ class _Organ(nn.Module):
         self._width = width
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        """Return the first hidden states among the inputs, or a zero to add to them."""
+        """Return the first hidden states among the inputs, or a zero to add to them.
+
+        Raises:
+            CannotCut: If there is no input at all: the family looks up tokens that are elsewhere.
+        """
         tensors = [v for v in (*args, *kwargs.values()) if isinstance(v, Tensor)]
         for tensor in tensors:
             # A mask may be floating-point too: OPT makes one up and looks positions up by it.
             if tensor.is_floating_point() and tensor.dim() > 2:
                 return tensor
+        if not tensors:
+            raise CannotCut("this model takes tokens only: it cannot be entered with activations")
         # As wide as a position, as long as any number of them: a mask is longer than its queries.
-        return torch.zeros(1, 1, self._width, device=tensors[0].device if tensors else None)
+        return torch.zeros(1, 1, self._width, device=tensors[0].device)
 
 
 def keep_ends(model: PreTrainedModel, anatomy: Anatomy, cut: Cut, remote: nn.Module) -> None:

@@ -265,10 +265,12 @@ def _files_of_part(
 ) -> Iterator[str]:
     """Yield a folder in which only the files of this part stand."""
     number_of = _layer_number(anatomy)
+    # A checkpoint of older key names may call its layers otherwise: then any file may be needed.
+    known = any(number_of(key) is not None for key in checkpoint.keys)
     keys = {
         key: file
         for key, file in checkpoint.keys.items()
-        if (number_of(key) in layers) or (number_of(key) is None and ends_too)
+        if not known or number_of(key) in layers or (number_of(key) is None and ends_too)
     }
     with tempfile.TemporaryDirectory(prefix="cutlayer-") as made:
         folder = Path(made)
