@@ -113,6 +113,9 @@ def main() -> None:
         "client_over_unsplit_lora": client / peaks["unsplit_lora"],
         "client_over_full_finetuning": client / peaks["full_finetuning"],
         "tenant_over_state": _slope(holding) / (4 * adapter),
+        "client_over_own_weights_activations_and_logit_gradients": (
+            client / (own + 2 * counted["logits"])
+        ),
         "client_over_loaded_model": client / peaks["loaded"],
         "client_chunks_4_over_own_weights_and_activations": peaks["client_chunks_4"] / own,
         "client_chunks_4_over_unsplit_lora": peaks["client_chunks_4"] / peaks["unsplit_lora"],

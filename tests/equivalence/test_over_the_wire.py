@@ -293,7 +293,8 @@ def test_a_finished_step_leaves_nothing_at_the_client(llama: Site):
     with llama.connect(chunks=2) as split:
         steps_of(split, steps=2)
         gc.collect()
-        left = [found for found in gc.get_objects() if isinstance(found, Sent)]
+        sent = [found for found in gc.get_objects() if isinstance(found, Sent)]
+        left = [found for found in sent if found.output.pending.connection is split.connection]
 
     assert left == []
 
