@@ -178,7 +178,8 @@ def _verdict_on(model_type: str, task: Task) -> Verdict:
     if faults:
         return Verdict(model_type, task, "DIFFERS", f"{len(faults)} faults, first {faults[0]}")
     generates = generation_of(model_type) if task == "causal-lm" else ""
-    return Verdict(model_type, task, "exact", "", generates)
+    as_text = "" if config.model_type == model_type else f"as its text model {config.model_type}"
+    return Verdict(model_type, task, "exact", as_text, generates)
 
 
 def _reason(message: str) -> str:
@@ -217,7 +218,8 @@ transformers' causal-LM and sequence-classification mappings is built small from
 split at three cuts, one of which leaves no layer to the client, with no, right and left padding,
 with eager attention and sdpa where it has them, from copies and as a client and a server load it.
 **Exact** means that logits, loss and every gradient are those of the unsplit model, bit for bit.
-*Generation* compares greedy decoding with the KV cache on both sides, logits included.
+A multimodal type is tried as its text model, from a checkpoint of that alone. *Generation* compares
+greedy decoding with the KV cache on both sides, logits included.
 
 """
 
