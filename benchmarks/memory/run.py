@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import sys
+import time
 from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME.parents[1]))
@@ -25,7 +27,7 @@ from benchmarks.common import (  # noqa: E402
     start_worker,
 )
 
-CUT = {"bottom_layers": 2, "top_layers": 2}
+CUT: dict[str, Any] = {"bottom_layers": 2, "top_layers": 2}
 
 
 def peak_of(worker: Child, steps: int) -> int:
@@ -62,7 +64,7 @@ def clients(
 
 
 def tenants(
-    workload: Workload, certificates: Certificates, server: Server, number: int
+    workload: Workload, certificates: Certificates, server: Server, number: int, settle_s: float
 ) -> tuple[list[int], list[int], int]:
     """Let tenants come one by one, do a step each, and stay.
 
@@ -79,6 +81,7 @@ def tenants(
             tenant.ask("step")
             stepped.append(memory_bytes(server.pid)["rss"])
             tenant.ask("backward_only")
+            time.sleep(settle_s)
             holding.append(memory_bytes(server.pid)["rss"])
             adapter = int(tenant.ask("adapter_bytes")["bytes"])
             print(f"tenant {index + 1}: {holding[-1] / MIB:.1f} MiB", file=sys.stderr)
@@ -94,17 +97,25 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--steps", type=int, default=2, help="steps of each contestant")
     parser.add_argument("--tenants", type=int, default=8)
+    parser.add_argument(
+        "--settle", type=float, default=6.0, help="idle seconds before the server's memory is read"
+    )
     args = parser.parse_args()
+    settle_s = 0.0 if args.quick else args.settle
     with ExitStack() as stack:
         folder = stack.enter_context(scratch())
         workload = make_workload(args, folder)
-        settings = settings_of(workload, args, steps=args.steps, tenants=args.tenants)
+        settings = settings_of(
+            workload, args, steps=args.steps, tenants=args.tenants, settle_s=settle_s
+        )
         certificates = make_certificates(folder / "certs")
         with Server(workload, certificates, folder / "one") as server:
             peaks, counted = clients(workload, certificates, server, args.steps)
         with Server(workload, certificates, folder / "many") as server:
             idle = memory_bytes(server.pid)["rss"]
-            stepped, holding, adapter = tenants(workload, certificates, server, args.tenants)
+            stepped, holding, adapter = tenants(
+                workload, certificates, server, args.tenants, settle_s
+            )
             server_peak = memory_bytes(server.pid)["peak"]
     client = peaks["client"]
     own = peaks["imports"] + sum(counted.values())

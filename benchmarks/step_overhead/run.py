@@ -148,7 +148,10 @@ def main() -> None:
     parser = parser_of(__doc__)
     parser.add_argument("--rounds", type=int, default=7, help="steps of each contestant")
     parser.add_argument(
-        "--cuts", nargs="+", default=["2+2", "8+3"], help="layers below and above the trunk"
+        "--cuts",
+        nargs="+",
+        default=["2+2", "8+2", "10+3"],
+        help="layers below and above the trunk, the server's own cut first",
     )
     args = parser.parse_args()
     rounds = 2 if args.quick else args.rounds
