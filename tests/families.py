@@ -178,7 +178,7 @@ def _verdict_on(model_type: str, task: Task) -> Verdict:
     if faults:
         return Verdict(model_type, task, "DIFFERS", f"{len(faults)} faults, first {faults[0]}")
     generates = generation_of(model_type) if task == "causal-lm" else ""
-    as_text = "" if config.model_type == model_type else f"as its text model {config.model_type}"
+    as_text = "" if config.model_type == model_type else f"as {config.model_type}"
     return Verdict(model_type, task, "exact", as_text, generates)
 
 
