@@ -55,6 +55,7 @@ class Stopwatch:
     def watch(self, connection: Any) -> None:
         """Time the requests and the waits of a connection."""
         request, await_reply = connection.request, connection.await_reply
+        wait_any = connection.wait_any
 
         def timed_request(head: pb.Head, *args: Any, **kwargs: Any) -> Any:
             verb = head.WhichOneof("verb")
@@ -64,14 +65,23 @@ class Stopwatch:
             self.until("sending")
             return pending
 
-        def timed_await(pending: Any) -> Any:
+        def until_the_wait() -> None:
             self.until({"forward": "top", "backward": "bottom"}.get(self._arrived, "top"))
+
+        def timed_wait_any(answers: Any) -> None:
+            until_the_wait()
+            wait_any(answers)
+            self.until("waiting")
+
+        def timed_await(pending: Any) -> Any:
+            until_the_wait()
             tensors = await_reply(pending)
             self._arrived = self._verb_of.get(pending.sequence, "")
             self.until("waiting")
             return tensors
 
         connection.request, connection.await_reply = timed_request, timed_await
+        connection.wait_any = timed_wait_any
 
     def start(self) -> None:
         """Begin a step."""

@@ -7,6 +7,7 @@ Everything but the wire is the product's own: `RemoteTrunk` with its autograd no
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,10 @@ class Arrived:
 
     tensor: Tensor | None
 
+    def arrived(self) -> bool:
+        """It is."""
+        return True
+
     def wait(self) -> Tensor | None:
         """Return the tensor."""
         return self.tensor
@@ -40,6 +45,7 @@ class Loopback:
     def __init__(self, trunk: TenantTrunk) -> None:
         self.trunk = trunk
         self._sequence = 0
+        self._changes = 0
 
     def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Arrived]:
         """Run the trunk at once."""
@@ -49,10 +55,27 @@ class Loopback:
         out_BTD = self.trunk.forward(self._sequence, smashed_BTD.clone(), carried, **asked)
         return self._sequence, Arrived(out_BTD.clone())
 
-    def backward(self, forward: int, grad_BTD: Tensor) -> Arrived:
+    def backward(
+        self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
+    ) -> Arrived:
         """Run the trunk's backward at once."""
-        grad_smashed_BTD, _norms = self.trunk.backward(forward, grad_BTD.clone())
-        return Arrived(grad_smashed_BTD)
+        self._changes += 1
+        return Arrived(self.trunk.backward(forward, grad_BTD.clone(), hold=hold))
+
+    def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
+        """Commit held gradients."""
+        self.trunk.gradients.commit(hold, factor)
+
+    def release(self, hold: int) -> None:
+        """Drop held gradients."""
+        self.trunk.gradients.release(hold)
+
+    def gradient_changes(self) -> int:
+        """Count backwards."""
+        return self._changes
+
+    def wait_any(self, answers: Sequence[Arrived]) -> None:
+        """Everything has arrived."""
 
     def discard(self, forward: int) -> None:
         """Drop a graph."""

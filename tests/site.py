@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import subprocess
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,11 +28,11 @@ PEFT_TASKS = {"causal-lm": "CAUSAL_LM", "sequence-classification": "SEQ_CLS"}
 
 @dataclass(frozen=True)
 class Site:
-    """A server in this process, over real TLS on 127.0.0.1."""
+    """A server in this process or in its own, over real TLS on 127.0.0.1."""
 
     folder: Path
     certs: Path
-    server: Server
+    server: Server | ServerProcess
     task: str = "causal-lm"
 
     @property
@@ -66,6 +69,34 @@ def site_of(folder: Path, certs: Path, state_dir: Path, **settings: Any) -> Site
         str(folder), credentials=credentials, state_dir=state_dir, **{**asked, **settings}
     )
     return Site(folder, certs, server, settings.get("task", "causal-lm"))
+
+
+class ServerProcess:
+    """`cutlayer serve` as an operator runs it."""
+
+    def __init__(self, folder: Path, certs: Path, state_dir: Path, **flags: Any) -> None:
+        asked = {"split_bottom_layers": 1, "split_top_layers": 1, "host": "127.0.0.1", "port": 0}
+        asked |= {"certs": certs, "state_dir": state_dir, "threads": 1, **flags}
+        words = [f"--{name}={value}" for name, value in asked.items()]
+        command = [sys.executable, "-m", "cutlayer.cli.main", "serve"]
+        self.process = subprocess.Popen(
+            [*command, "--model_name_or_path", str(folder), *words],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+        assert self.process.stdout is not None
+        found = next(
+            filter(None, map(re.compile(r" at 127\.0\.0\.1:(\d+) ").search, self.process.stdout))
+        )
+        self.port = int(found[1])
+
+    def __enter__(self) -> ServerProcess:
+        return self
+
+    def __exit__(self, *_exc: object) -> None:
+        self.process.terminate()
+        self.process.wait(timeout=30)
 
 
 def lora(task: str = "causal-lm", **settings: Any) -> LoraConfig:

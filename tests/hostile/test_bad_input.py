@@ -35,7 +35,7 @@ from cutlayer.errors import (
     StorageError,
     TLSError,
 )
-from cutlayer.server.sessions import Limits
+from cutlayer.server.access import Limits
 from cutlayer.split.cut import REFUSED
 from cutlayer.wire import cutlayer_pb2 as pb
 from tests.site import Loop, Site, adapter_of, batch_of, equal, lora, site_of
@@ -241,7 +241,7 @@ def test_settings_that_the_server_does_not_share(llama: Site, settings: dict, wo
 
 def test_another_protocol(llama: Site, monkeypatch: pytest.MonkeyPatch):
     """A client of another protocol version is refused and told to install the same release."""
-    monkeypatch.setattr("cutlayer.client.model.PROTOCOL", 99)
+    monkeypatch.setattr("cutlayer.client.handshake.PROTOCOL", 99)
 
     with refused(llama, Refused, "protocol is '99' at the client .* same release"):
         llama.connect()

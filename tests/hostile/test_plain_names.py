@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import pytest
 
-from cutlayer.client.connection import Address, Connection
+from cutlayer.client.address import Address
+from cutlayer.client.connection import Connection
 from cutlayer.errors import ConfigError
 from cutlayer.wire import cutlayer_pb2 as pb
 from tests.site import Site

@@ -39,9 +39,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Serve until SIGTERM or Ctrl-C; then finish what is in flight."""
     from cutlayer.cli.main import settle
-    from cutlayer.server.access import server_credentials
+    from cutlayer.server.access import Limits, server_credentials
     from cutlayer.server.app import make_server
-    from cutlayer.server.sessions import Limits
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settle(args.threads)

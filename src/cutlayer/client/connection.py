@@ -7,71 +7,27 @@ import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping
-from concurrent.futures import Future
-from concurrent.futures import TimeoutError as FutureTimeout
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, wait
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import grpc
 from torch import Tensor
 
+from cutlayer.client.address import Address
 from cutlayer.client.diagnosis import why_unreachable
 from cutlayer.client.remote_trunk import Question
-from cutlayer.errors import BY_CODE, ConfigError, ConnectionFailed, CutlayerError, Refused
+from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
-from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES, Assembler, Message, frames_of
+from cutlayer.wire.frames import Assembler, Message, frames_of
 from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors, refuse_not_finite
 
-__all__ = ["Address", "Connection", "Traffic"]
+__all__ = ["Connection", "Traffic"]
 
 SERVICE = "cutlayer.v1.Trunk"
 _MAX_ADAPTER_BYTES = 1 << 32
-
-
-@dataclass(frozen=True)
-class Address:
-    """Where a server is and how to trust it."""
-
-    server: str
-    """`host:port`."""
-    ca: Path | None = None
-    """The authority that signed the server's certificate; the system's authorities if `None`."""
-    cert: Path | None = None
-    """The client's own certificate, for mutual TLS."""
-    key: Path | None = None
-    """The key of that certificate."""
-    plaintext: bool = False
-    """No TLS at all: everybody on the way reads the activations, which are the text."""
-
-    def host_and_port(self) -> tuple[str, int]:
-        """Return the two parts.
-
-        Raises:
-            ConfigError: If it is not `host:port`.
-        """
-        host, _, port = self.server.rpartition(":")
-        if not host or not port.isdigit() or not 0 < int(port) < 65536:
-            raise ConfigError(f"server '{self.server}' is not an address: write host:port")
-        return host.strip("[]"), int(port)
-
-    def credentials(self) -> grpc.ChannelCredentials | None:
-        """Return the channel's credentials, `None` for plaintext.
-
-        Raises:
-            ConfigError: If a file is missing, or only one of certificate and key is given.
-        """
-        if self.plaintext:
-            return None
-        if (self.cert is None) != (self.key is None):
-            raise ConfigError("split_cert and split_key go together: give both or neither")
-        for name, path in (("ca", self.ca), ("cert", self.cert), ("key", self.key)):
-            if path is not None and not path.is_file():
-                raise ConfigError(f"split_{name} '{path}' does not exist: check the path")
-        return grpc.ssl_channel_credentials(
-            *(path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
-        )
+_CHANGES_GRADIENTS = ("backward", "commit", "optim_step", "zero_grad")
 
 
 @dataclass
@@ -115,11 +71,12 @@ class Connection:
         self._waiting: dict[int, Pending] = {}
         self._farewells: deque[pb.Head] = deque()
         self._sequence = 0
+        self._gradient_changes = 0
         self._send_lock = threading.Lock()
         self._failure: CutlayerError | None = None
         self._last_byte_s = time.monotonic()
         self._call: Any = None
-        self._channel = _open_channel(address)
+        self._channel = address.open_channel()
         self.offer: pb.Offer = self._unary("Describe", pb.DescribeRequest(), pb.Offer)
 
     # ------------------------------------------------------------------ control calls
@@ -263,6 +220,7 @@ class Connection:
 
     def _put(self, head: pb.Head, parts: list[memoryview], *, unattended: bool) -> Pending:
         self._sequence += 1
+        self._gradient_changes += head.WhichOneof("verb") in _CHANGES_GRADIENTS
         head.sequence = self._sequence
         pending = Pending(self, head.sequence, unattended=unattended)
         self._waiting[head.sequence] = pending
@@ -275,20 +233,19 @@ class Connection:
         Raises:
             ConnectionFailed: If no byte moved for `idle_timeout_s`.
         """
+        self._wait_while_bytes_move([pending.future])
+        return pending.future.result()
+
+    def _wait_while_bytes_move(self, futures: Sequence[Future[Any]]) -> None:
         started_s = time.monotonic()
-        try:
-            while True:
-                try:
-                    return pending.future.result(timeout=0.5)
-                except FutureTimeout:
-                    silent_s = time.monotonic() - max(self._last_byte_s, started_s)
-                    if silent_s > self._idle_timeout_s:
-                        raise ConnectionFailed(
-                            f"no byte from {self.address.server} for {self._idle_timeout_s:.0f} s "
-                            "(split_idle_timeout_s): the server or the link is gone"
-                        ) from None
-        finally:
-            self.traffic.waited_s += time.monotonic() - started_s
+        while not wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done:
+            silent_s = time.monotonic() - max(self._last_byte_s, started_s)
+            if silent_s > self._idle_timeout_s:
+                raise ConnectionFailed(
+                    f"no byte from {self.address.server} for {self._idle_timeout_s:.0f} s "
+                    "(split_idle_timeout_s): the server or the link is gone"
+                )
+        self.traffic.waited_s += time.monotonic() - started_s
 
     # ------------------------------------------------------------------ what a Link does
 
@@ -310,10 +267,37 @@ class Connection:
         pending = self.request(head, {"smashed": smashed_BTD, **question.carried})
         return pending.sequence, _Named(pending, "trunk_out")
 
-    def backward(self, forward: int, grad_BTD: Tensor) -> _Named:
+    def backward(
+        self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
+    ) -> _Named:
         """Send the gradient of a forward's output; return the activations' gradient to come."""
-        head = pb.Head(backward=pb.Backward(forward_sequence=forward))
+        asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
+        head = pb.Head(backward=asked)
         return _Named(self.request(head, {"gradient": grad_BTD}), "gradient")
+
+    def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
+        """Have the held gradients, times a factor, added to the accumulated ones.
+
+        The norms that came with the last backward under `hold` are true of this commit if it is
+        by factor 1 and nothing has touched the gradients since; else it is waited for.
+        """
+        known = factor == 1.0 and norms_are_of == self.gradient_changes()
+        head = pb.Head(commit=pb.Commit(hold=hold, factor=factor))
+        pending = self.request(head, unattended=known)
+        if not known:
+            self.norms = pending.wait()["norms"]
+
+    def release(self, hold: int) -> None:
+        """Say that held gradients will not be committed."""
+        self._tell(pb.Head(release=pb.Release(hold=hold)))
+
+    def gradient_changes(self) -> int:
+        """Count the requests so far that change the trunk's gradients."""
+        return self._gradient_changes
+
+    def wait_any(self, answers: Sequence[Any]) -> None:
+        """Wait until one of these has arrived, for as long as bytes move."""
+        self._wait_while_bytes_move([answer.pending.future for answer in answers])
 
     def discard(self, forward: int) -> None:
         """Say that a forward will have no backward."""
@@ -349,6 +333,10 @@ class _Named:
     pending: Pending
     name: str
 
+    def arrived(self) -> bool:
+        """Say whether the reply is there."""
+        return self.pending.future.done()
+
     def wait(self) -> Tensor | None:
         """Return the tensor, `None` if the reply has none.
 
@@ -364,19 +352,3 @@ class _Named:
                 tensor, f"what the server sent ({self.name})", "lower the learning rate"
             )
         return tensor
-
-
-def _open_channel(address: Address) -> grpc.Channel:
-    host, port = address.host_and_port()
-    credentials = address.credentials()
-    options = [
-        ("grpc.max_receive_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
-        ("grpc.max_send_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
-        ("grpc.keepalive_time_ms", 20_000),
-        ("grpc.keepalive_timeout_ms", 20_000),
-        ("grpc.enable_http_proxy", 0),
-    ]
-    target = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
-    if credentials is None:
-        return grpc.insecure_channel(target, options=options)
-    return grpc.secure_channel(target, credentials, options=options)

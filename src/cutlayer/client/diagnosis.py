@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 from cutlayer.errors import ConnectionFailed, TLSError
 
 if TYPE_CHECKING:
-    from cutlayer.client.connection import Address
+    from cutlayer.client.address import Address
 
 __all__ = ["why_unreachable"]
 

@@ -12,7 +12,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 from peft import (
     LoraConfig,
     PeftConfig,
@@ -23,9 +22,12 @@ from peft import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cutlayer.client.address import Address
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
-from cutlayer.client.connection import Address, Connection
+from cutlayer.client.connection import Connection
+from cutlayer.client.handshake import agreement_of, check_parameters, spec_of
+from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError, Refused
 from cutlayer.split.adapters import (
@@ -42,20 +44,16 @@ from cutlayer.split.adapters import (
 from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed
 from cutlayer.split.entry import watch_entry
 from cutlayer.split.loading import (
-    Checkpoint,
     Skeleton,
-    config_digest,
-    layer_digests,
     load_ends,
     open_checkpoint,
     skeleton_of,
 )
 from cutlayer.wire import cutlayer_pb2 as pb
-from cutlayer.wire.agreement import PROTOCOL
 from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.tensors import DTYPES
 
-__all__ = ["SplitModel", "agreement_of", "connect"]
+__all__ = ["SplitModel", "connect"]
 
 
 class SplitModel:
@@ -66,6 +64,7 @@ class SplitModel:
         remote_trunk: The module that stands for the trunk.
         plan: The whole model's adapter and how it falls into parts.
         chunks: Into how many micro-chunks a training batch is cut.
+        objective: What a trainer makes of TRL's head, if `attach` knows it.
     """
 
     connection: Connection
@@ -74,13 +73,15 @@ class SplitModel:
     anatomy: Anatomy
     cut: Cut
     chunks: int = 1
+    objective: Objective | None = None
     keeps_adapter: bool = False
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
 
-        All chunks are sent before the first is awaited, so the trunk works on one while we work
-        on another. The loss is that of the whole batch, each token weighing the same.
+        The trunk works on one chunk while we work on another. The loss is that of the whole batch,
+        each token weighing the same. If the model is given labels, each chunk's backward is done
+        as soon as its loss is there (`pipeline.run_by_arrival`); else at `loss.backward()`.
         """
         rows = rows_in(kwargs)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
@@ -88,18 +89,30 @@ class SplitModel:
             return super().forward(*args, **kwargs)  # type: ignore[misc]
         parts = [rows_of(kwargs, rows, span) for span in spans(rows, self.chunks)]
         run = super().forward  # type: ignore[misc]
+        top_only = functools.partial(bottom_bypassed, self.hf_model, self.anatomy, self.cut)
+        objective = self._objective(kwargs)
+        trained = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
+        if objective and (trained or self.remote_trunk.trains):
+            return run_by_arrival(
+                run, parts, self.remote_trunk, trained, objective=objective, top_only=top_only
+            )
         on_their_way = chunks_sent(
             self.remote_trunk, [functools.partial(run, **part) for part in parts]
         )
         outputs = []
         for part, sent in zip(parts, on_their_way, strict=True):
-            with (
-                self.remote_trunk.receiving(sent),
-                bottom_bypassed(self.hf_model, self.anatomy, self.cut),
-            ):
+            with self.remote_trunk.receiving(sent), top_only():
                 outputs.append(run(**part))
         loss_is_mean = kwargs.get("num_items_in_batch") is None
         return joined(outputs, [weight_of(part) for part in parts], loss_is_mean=loss_is_mean)
+
+    def _objective(self, kwargs: dict[str, Any]) -> Objective | None:
+        """Return what the loss of this call will be made of, `None` if that is not known."""
+        labels = kwargs.get("labels", kwargs.get("shift_labels"))
+        if labels is None or not self.training or not weight_of(kwargs):  # type: ignore[attr-defined]
+            return None
+        # TRL's head gives log-probabilities, of which its trainer makes the loss.
+        return self.objective if kwargs.get("fused_lm_head") else Objective()
 
     @property
     def hf_model(self) -> PreTrainedModel:
@@ -285,14 +298,14 @@ def connect(
         agreement = agreement_of(checkpoint, skeleton, cut, task, dtype, ends)
         asked = pb.OpenSessionRequest(
             agreement=agreement,
-            lora=_spec(plan),
+            lora=spec_of(plan),
             run=run or f"run-{uuid.uuid4().hex[:12]}",
             codec=codec,
             gradient_checkpointing=gradient_checkpointing,
             take_up=take_up,
         )
         reply = connection.open(asked)
-        _check_parameters(plan, connection)
+        check_parameters(plan, connection)
     except BaseException:
         connection.close()
         raise
@@ -331,48 +344,6 @@ def _plan(
         plan.config.base_model_name_or_path = name
         return plan
     return AdapterPlan(LoraConfig(), TrunkLora((), seed=seed), {}, {})
-
-
-def agreement_of(
-    checkpoint: Checkpoint, skeleton: Skeleton, cut: Cut, task: str, dtype: str, ends: Any
-) -> pb.Agreement:
-    """Return what we hold, for the server to compare with what it holds."""
-    return pb.Agreement(
-        protocol=PROTOCOL,
-        transformers_major=transformers.__version__.partition(".")[0],
-        task=task,
-        model_type=checkpoint.config.model_type,
-        revision=checkpoint.revision,
-        config_digest=config_digest(checkpoint.config),
-        layer_digests=layer_digests(checkpoint, skeleton.anatomy, cut, trunk=False),
-        num_layers=skeleton.anatomy.num_layers,
-        lower=cut.lower,
-        upper=cut.upper,
-        dtype=dtype,
-        attn_implementation=ends.config._attn_implementation or "",
-    )
-
-
-def _spec(plan: AdapterPlan) -> pb.LoraSpec:
-    lora = plan.trunk
-    return pb.LoraSpec(
-        modules=[pb.LoraModule(name=t.name, rank=t.rank, alpha=t.alpha) for t in lora.targets],
-        dropout=lora.dropout,
-        use_rslora=lora.use_rslora,
-        use_dora=lora.use_dora,
-        gaussian_init=lora.gaussian_init,
-        fan_in_fan_out=lora.fan_in_fan_out,
-        seed=lora.seed,
-    )
-
-
-def _check_parameters(plan: AdapterPlan, connection: Connection) -> None:
-    if connection.parameters != plan.trunk_parameters:
-        odd = sorted(connection.parameters.items() ^ plan.trunk_parameters.items())
-        raise Refused(
-            f"the trunk's adapter differs from the planned one (first at {odd[0][0]}): install the "
-            "same version of peft on both sides"
-        )
 
 
 def _wrapped(

@@ -8,7 +8,8 @@ calls the two nodes here:
 
 With a batch in chunks, every chunk is sent before the first is awaited. In backward the engine
 takes the youngest node first, so all tops run (and their gradients leave) before the first bottom
-waits. That is the pipeline; there is no scheduler (docs/decisions/0002).
+waits. That is the plain pipeline (docs/decisions/0002); where the model makes the loss itself,
+pipeline.py calls the same two nodes chunk by chunk, by arrival.
 """
 
 # Shapes:  B batch   T tokens   D model width
@@ -32,7 +33,7 @@ from cutlayer.split.cut import Anatomy, cache_of, hidden_of, note_in_cache
 from cutlayer.split.entry import Entry
 from cutlayer.wire.tensors import refuse_not_finite
 
-__all__ = ["Answer", "Chunk", "Link", "Question", "RemoteTrunk", "chunks_sent"]
+__all__ = ["Answer", "Chunk", "Hold", "Link", "Question", "RemoteTrunk", "chunks_sent"]
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,9 @@ class Answer(Protocol):
     def wait(self) -> Tensor | None:
         """Return the tensor, `None` where none was asked for."""
 
+    def arrived(self) -> bool:
+        """Say whether `wait` would return at once."""
+
 
 class Link(Protocol):
     """What a remote trunk asks of a connection; nothing here waits."""
@@ -65,8 +69,22 @@ class Link(Protocol):
     def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Answer]:
         """Send activations; return the request's number and the trunk's output to come."""
 
-    def backward(self, forward: int, grad_BTD: Tensor) -> Answer:
+    def backward(
+        self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
+    ) -> Answer:
         """Send the gradient of a forward's output; return the activations' gradient to come."""
+
+    def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
+        """Have the held gradients, times a factor, added to the accumulated ones."""
+
+    def release(self, hold: int) -> None:
+        """Say that held gradients will not be committed."""
+
+    def gradient_changes(self) -> int:
+        """Count what has changed the trunk's gradients so far."""
+
+    def wait_any(self, answers: Sequence[Answer]) -> None:
+        """Wait until one of these has arrived."""
 
     def discard(self, forward: int) -> None:
         """Say that a forward will have no backward."""
@@ -82,6 +100,12 @@ class Sent:
     number: int
     output: Answer
     gradient: Answer | None = None
+    hold: int = 0
+    wants_norms: bool = True
+
+    def gradient_arrived(self) -> bool:
+        """Say whether the gradient of the activations is there."""
+        return self.gradient is not None and self.gradient.arrived()
 
 
 @dataclass(frozen=True)
@@ -90,6 +114,32 @@ class Chunk:
 
     sent: Sent
     ticket: Tensor
+
+    def cut_off(self) -> Chunk:
+        """Return the same with a graph that ends at the seam."""
+        ticket = self.ticket.detach().requires_grad_(self.ticket.requires_grad)
+        return Chunk(self.sent, ticket)
+
+
+class Hold:
+    """Gradients at the trunk that wait for their commit; released with this object."""
+
+    def __init__(self, link: Link, number: int) -> None:
+        self.number = number
+        self._link = link
+        self._began_at = self._norms_are_of = link.gradient_changes()
+        self._finalizer = weakref.finalize(self, link.release, number)
+
+    def closed(self) -> None:
+        """Say that the last backward was sent, and that its norms have come."""
+        self._norms_are_of = self._link.gradient_changes()
+
+    def commit(self, factor: float) -> None:
+        """Add the gradients, times a factor, to the accumulated ones."""
+        self._finalizer.detach()
+        if self._norms_are_of == self._began_at:
+            return  # neither bottom nor trunk trains: no gradient has left
+        self._link.commit(self.number, factor, norms_are_of=self._norms_are_of)
 
 
 class _ChunkSent(Exception):
@@ -119,6 +169,7 @@ class RemoteTrunk(nn.Module):
         self._sending: list[Chunk] | None = None
         self._receiving: Chunk | None = None
         self._cache_numbers = itertools.count(1)
+        self._hold_numbers = itertools.count(1)
         self._caches: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
         # With a bottom that trains nothing autograd would see no reason to come back to us, and
         # the trunk would silently stay untrained. This leaf is the reason; it gets no gradient.
@@ -139,6 +190,11 @@ class RemoteTrunk(nn.Module):
             self._sending.append(chunk)
             raise _ChunkSent
         return self._anatomy.as_returned(self._receive(chunk))
+
+    def new_hold(self) -> Hold:
+        """Return a place at the trunk for gradients that wait for their commit."""
+        assert self.link is not None
+        return Hold(self.link, next(self._hold_numbers))
 
     def optimizer_stepped(self) -> None:
         """Begin a new step: the next forward is its first call."""
@@ -303,7 +359,10 @@ class _Receive(torch.autograd.Function):
             "the loss is NaN or infinite; nothing was sent; lower the learning rate, use bf16 "
             "instead of fp16, or look at the batch",
         )
-        ctx.sent.gradient = ctx.link.backward(ctx.sent.number, grads[0])
+        sent: Sent = ctx.sent
+        sent.gradient = ctx.link.backward(
+            sent.number, grads[0], hold=sent.hold, wants_norms=sent.wants_norms
+        )
         return grads[0].new_zeros(0), None, None
 
 

@@ -8,6 +8,7 @@ reply.
 
 from __future__ import annotations
 
+import functools
 import re
 from collections.abc import Iterable
 from typing import Any
@@ -17,6 +18,7 @@ from torch import Tensor
 from transformers import TrainerCallback
 
 from cutlayer.client.model import SplitModel
+from cutlayer.client.pipeline import Objective
 from cutlayer.errors import ConfigError
 from cutlayer.wire import cutlayer_pb2 as pb
 
@@ -197,6 +199,35 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     split = getattr(driver, "model", None)
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    _tell_objective(driver, split)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
     return link._trunk
+
+
+def _tell_objective(trainer: Any, model: SplitModel) -> None:
+    """Let the model know what TRL's trainer makes of its head's log-probabilities.
+
+    Each chunk's backward can then be done before the trainer has made the loss. A trainer whose
+    loss is another than TRL's own gets the plain pipeline.
+    """
+    compute_loss = trainer.compute_loss
+    mean_of_log_probs = (
+        type(trainer).compute_loss.__module__ == "trl.trainer.sft_trainer"
+        and getattr(trainer.args, "loss_type", None) == "nll"
+        and trainer.compute_loss_func is None
+        and trainer.label_smoother is None
+    )
+    if not mean_of_log_probs:
+        return
+
+    @functools.wraps(compute_loss)
+    def noting(*args: Any, **kwargs: Any) -> Any:
+        items = kwargs.get("num_items_in_batch")
+        model.objective = Objective("log_probs", None if items is None else int(items))
+        try:
+            return compute_loss(*args, **kwargs)
+        finally:
+            model.objective = None
+
+    trainer.compute_loss = noting

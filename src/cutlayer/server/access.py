@@ -1,8 +1,9 @@
-"""Who may come in: TLS credentials and the name of the tenant behind a call."""
+"""Who may come in, and for how much: TLS credentials, the tenant behind a call, limits."""
 
 from __future__ import annotations
 
 import stat
+from dataclasses import dataclass
 from pathlib import Path
 
 import grpc
@@ -10,10 +11,26 @@ import grpc
 from cutlayer.errors import ConfigError, Refused
 from cutlayer.server.store import is_plain_name
 
-__all__ = ["ANYONE", "server_credentials", "tenant_of"]
+__all__ = ["ANYONE", "Limits", "server_credentials", "tenant_of"]
 
 ANYONE = "default"
 """The tenant of every caller when the server asks for no client certificates."""
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one tenant may ask of the server."""
+
+    max_message_bytes: int = 1 << 30
+    """Bytes of tensors in one message."""
+    max_pending: int = 64
+    """Forwards of one session that may wait for their backward."""
+    max_rank: int = 512
+    """Rank of a LoRA."""
+    max_sessions: int = 256
+    """Sessions open at once, of all tenants."""
+    idle_timeout_s: float = 120.0
+    """Seconds without a byte after which a client takes the server for dead."""
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

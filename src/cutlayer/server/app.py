@@ -15,8 +15,9 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cutlayer.errors import ConfigError
+from cutlayer.server.access import Limits
 from cutlayer.server.service import SERVICE, TrunkService
-from cutlayer.server.sessions import Limits, Sessions
+from cutlayer.server.sessions import Sessions
 from cutlayer.server.store import Store
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.split.cut import Cut

@@ -12,16 +12,18 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from cutlayer.errors import ConfigError, CutlayerError, ProtocolError, Refused
+from cutlayer.errors import ConfigError, CutlayerError, NotFinite, ProtocolError, Refused
+from cutlayer.server.access import Limits
 from cutlayer.server.store import State, Store, is_plain_name
 from cutlayer.server.trunk import OPTIMIZERS, Group, SharedTrunk, TenantTrunk
+from cutlayer.server.worker import TrunkThread, give_memory_back
 from cutlayer.split.adapters import LoraTarget, TrunkLora
 from cutlayer.split.cut import Cut
 from cutlayer.split.entry import CARRIED
@@ -31,27 +33,11 @@ from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.frames import Message
 from cutlayer.wire.tensors import DTYPES, attach_tensors, read_tensors, refuse_not_finite
 
-__all__ = ["Limits", "Reply", "Session", "Sessions"]
+__all__ = ["Reply", "Session", "Sessions"]
 
 log = logging.getLogger(__name__)
 
 Reply = tuple[pb.Head, list[memoryview]]
-
-
-@dataclass(frozen=True)
-class Limits:
-    """What one tenant may ask of the server."""
-
-    max_message_bytes: int = 1 << 30
-    """Bytes of tensors in one message."""
-    max_pending: int = 64
-    """Forwards of one session that may wait for their backward."""
-    max_rank: int = 512
-    """Rank of a LoRA."""
-    max_sessions: int = 256
-    """Sessions open at once, of all tenants."""
-    idle_timeout_s: float = 120.0
-    """Seconds without a byte after which a client takes the server for dead."""
 
 
 @dataclass
@@ -147,11 +133,22 @@ class Session:
     def _do_backward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         grad_BTD = tensors.get("gradient", torch.empty(0))
         refuse_not_finite(grad_BTD, "the gradient at the upper cut", "no gradient was accumulated")
-        grad_smashed_BTD, norms = self.trunk.backward(head.backward.forward_sequence, grad_BTD)
-        answer = {"norms": norms}
+        asked = head.backward
+        grad_smashed_BTD = self.trunk.backward(asked.forward_sequence, grad_BTD, hold=asked.hold)
+        answer = {"norms": self.trunk.gradients.norms(asked.hold)} if asked.norms else {}
         if grad_smashed_BTD is not None:
             answer["gradient"] = grad_smashed_BTD
         return answer
+
+    def _do_commit(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not math.isfinite(head.commit.factor):
+            raise NotFinite("the gradient of the loss is NaN or infinite: nothing was committed")
+        self.trunk.gradients.commit(head.commit.hold, head.commit.factor)
+        return {"norms": self.trunk.gradients.norms()}
+
+    def _do_release(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.trunk.gradients.release(head.release.hold)
+        return {}
 
     def _do_optim_step(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         asked = head.optim_step
@@ -177,7 +174,7 @@ class Session:
         return {}
 
     def _do_zero_grad(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.zero_grad()
+        self.trunk.gradients.zero()
         return {}
 
     def _do_discard(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -265,7 +262,7 @@ class Sessions:
         self._store = store
         self._open: dict[str, Session] = {}
         self._lock = threading.Lock()
-        self._executor = ThreadPoolExecutor(1, thread_name_prefix="trunk")
+        self._thread = TrunkThread()
 
     def offer(self) -> pb.Offer:
         """Return what this server holds and allows."""
@@ -298,11 +295,12 @@ class Sessions:
             raise Refused("; ".join(faults))
         cut = Cut(asked.agreement.lower, asked.agreement.upper)
         lora = _lora_of(asked.lora, self.trunk, cut)
-        made = self.on_trunk(
-            lambda: self.trunk.tenant(
-                cut, lora, gradient_checkpointing=asked.gradient_checkpointing
-            )
-        ).result()
+
+        def make() -> TenantTrunk:
+            give_memory_back()  # else the tenant's tensors settle between another's activations
+            return self.trunk.tenant(cut, lora, gradient_checkpointing=asked.gradient_checkpointing)
+
+        made: TenantTrunk = self.on_trunk(make).result()
         session = Session(
             identifier=secrets.token_urlsafe(24),
             tenant=tenant,
@@ -355,13 +353,13 @@ class Sessions:
 
     def on_trunk(self, work: Callable[[], Any]) -> Future[Any]:
         """Have the trunk's thread do something in its turn."""
-        return self._executor.submit(work)
+        return self._thread.submit(work)
 
     def stop(self) -> None:
         """Finish what is being computed, keep what is to be kept, and stop."""
         for session in list(self._open.values()):
             self.close(session)
-        self._executor.shutdown(wait=True, cancel_futures=True)
+        self._thread.stop()
 
 
 def _lora_of(asked: pb.LoraSpec, trunk: SharedTrunk, cut: Cut) -> TrunkLora:

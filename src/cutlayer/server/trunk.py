@@ -24,6 +24,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 
 from cutlayer.errors import ConfigError, ProtocolError, Refused
+from cutlayer.server.gradients import Gradients
 from cutlayer.split.adapters import ADAPTER, TrunkLora, adapter_state, seed_adapter, trunk_config
 from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
 
@@ -109,7 +110,12 @@ class _CacheSlot:
 
 @dataclass
 class TenantTrunk:
-    """One tenant's trunk: adapter, optimizer, pending graphs and KV caches."""
+    """One tenant's trunk: adapter, optimizer, pending graphs and KV caches.
+
+    Attributes:
+        parameters: The trainable parameters, by their name in the unsplit PeftModel.
+        gradients: Their gradients, and those that wait for their commit.
+    """
 
     model: PreTrainedModel
     anatomy: Anatomy
@@ -130,6 +136,9 @@ class TenantTrunk:
                 raise ConfigError(f"the LoRA does not fit this trunk: {error}") from None
             seed_adapter(self.peft, self.lora.seed)
             self.model.eval()  # peft's new modules are born in training mode
+        named = self.peft.named_parameters() if self.peft is not None else ()
+        self.parameters = {name: p for name, p in named if p.requires_grad}
+        self.gradients = Gradients(list(self.parameters.values()))
         # The hooks of `Trunk` sit on the layers of this copy, outside what is checkpointed.
         self._trunk = Trunk(self.model, self.anatomy, self.cut)
         if self.gradient_checkpointing:
@@ -137,15 +146,9 @@ class TenantTrunk:
                 layer.__dict__["forward"] = functools.partial(_checkpointed, layer)
 
     @property
-    def parameters(self) -> dict[str, nn.Parameter]:
-        """The trainable parameters, by their name in the unsplit PeftModel."""
-        named = self.peft.named_parameters() if self.peft is not None else ()
-        return {name: p for name, p in named if p.requires_grad}
-
-    @property
     def pending(self) -> int:
-        """How many forwards wait for their backward."""
-        return len(self._kept)
+        """How many forwards wait for their backward, and gradients for their commit."""
+        return len(self._kept) + self.gradients.holds
 
     # ------------------------------------------------------------------ forward and backward
 
@@ -213,12 +216,16 @@ class TenantTrunk:
     def _adapter_off(self) -> Any:
         return self.peft.disable_adapter() if self.peft is not None else contextlib.nullcontext()
 
-    def backward(self, forward_sequence: int, grad_BTD: Tensor) -> tuple[Tensor | None, Tensor]:
+    def backward(self, forward_sequence: int, grad_BTD: Tensor, *, hold: int = 0) -> Tensor | None:
         """Accumulate the adapter's gradients and free the graph.
 
+        Args:
+            forward_sequence: The number of the forward.
+            grad_BTD: The gradient of its output.
+            hold: Not 0: accumulate apart, under this number, until `commit`.
+
         Returns:
-            The gradient of the activations, (B, T, D), if the forward was told to give it, and
-            the 2-norm of each parameter's accumulated gradient, in the order of `parameters`.
+            The gradient of the activations, (B, T, D), if the forward was told to give it.
 
         Raises:
             ProtocolError: If there is no such graph, or the gradient has another shape or dtype.
@@ -237,24 +244,13 @@ class TenantTrunk:
             )
         del self._kept[forward_sequence]
         if out_BTD.requires_grad:
-            out_BTD.backward(grad_BTD.to(out_BTD.device))
-        return kept.smashed_BTD.grad, self.gradient_norms()
-
-    def gradient_norms(self) -> Tensor:
-        """Return the 2-norm of each accumulated gradient; one sum of squares is not bit-equal."""
-        grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-        if len(grads) != len(self.parameters):
-            return torch.zeros(len(self.parameters))
-        return torch.stack(torch._foreach_norm(grads)).cpu() if grads else torch.zeros(0)
+            with self.gradients.accumulating(hold):
+                out_BTD.backward(grad_BTD.to(out_BTD.device))
+        return kept.smashed_BTD.grad
 
     def discard(self, forward_sequence: int) -> None:
         """Free the graph of a forward that will have no backward."""
         self._kept.pop(forward_sequence, None)
-
-    def zero_grad(self) -> None:
-        """Drop the accumulated gradients."""
-        for parameter in self.parameters.values():
-            parameter.grad = None
 
     # ------------------------------------------------------------------ KV caches
 
@@ -296,12 +292,9 @@ class TenantTrunk:
             if given.betas:
                 group["betas"] = given.betas
         if clip_factor != 1.0:
-            grads = [p.grad for p in self.parameters.values() if p.grad is not None]
-            if grads:
-                factor = torch.tensor(clip_factor, dtype=grads[0].dtype, device=grads[0].device)
-                torch._foreach_mul_(grads, factor)
+            self.gradients.scale(clip_factor)
         self.optimizer.step()
-        self.zero_grad()
+        self.gradients.zero()
         self.step = step
 
     def _make_optimizer(self, name: str, groups: Sequence[Group]) -> torch.optim.Optimizer:

@@ -1,0 +1,65 @@
+"""What a client tells the server before anything is trained, and what it checks."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import transformers
+
+from cutlayer.client.connection import Connection
+from cutlayer.errors import Refused
+from cutlayer.split.adapters import AdapterPlan
+from cutlayer.split.cut import Cut
+from cutlayer.split.loading import Checkpoint, Skeleton, config_digest, layer_digests
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.agreement import PROTOCOL
+
+__all__ = ["agreement_of", "check_parameters", "spec_of"]
+
+
+def agreement_of(
+    checkpoint: Checkpoint, skeleton: Skeleton, cut: Cut, task: str, dtype: str, ends: Any
+) -> pb.Agreement:
+    """Return what we hold, for the server to compare with what it holds."""
+    return pb.Agreement(
+        protocol=PROTOCOL,
+        transformers_major=transformers.__version__.partition(".")[0],
+        task=task,
+        model_type=checkpoint.config.model_type,
+        revision=checkpoint.revision,
+        config_digest=config_digest(checkpoint.config),
+        layer_digests=layer_digests(checkpoint, skeleton.anatomy, cut, trunk=False),
+        num_layers=skeleton.anatomy.num_layers,
+        lower=cut.lower,
+        upper=cut.upper,
+        dtype=dtype,
+        attn_implementation=ends.config._attn_implementation or "",
+    )
+
+
+def spec_of(plan: AdapterPlan) -> pb.LoraSpec:
+    """Return the trunk's LoRA for the server to make."""
+    lora = plan.trunk
+    return pb.LoraSpec(
+        modules=[pb.LoraModule(name=t.name, rank=t.rank, alpha=t.alpha) for t in lora.targets],
+        dropout=lora.dropout,
+        use_rslora=lora.use_rslora,
+        use_dora=lora.use_dora,
+        gaussian_init=lora.gaussian_init,
+        fan_in_fan_out=lora.fan_in_fan_out,
+        seed=lora.seed,
+    )
+
+
+def check_parameters(plan: AdapterPlan, connection: Connection) -> None:
+    """Compare the trunk's adapter as the server made it with the planned one.
+
+    Raises:
+        Refused: If they differ.
+    """
+    if connection.parameters != plan.trunk_parameters:
+        odd = sorted(connection.parameters.items() ^ plan.trunk_parameters.items())
+        raise Refused(
+            f"the trunk's adapter differs from the planned one (first at {odd[0][0]}): install the "
+            "same version of peft on both sides"
+        )
