@@ -19,7 +19,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -162,29 +162,7 @@ def _tiny_model(folder: Path) -> Path:
     return folder
 
 
-# ---------------------------------------------------------------------- certificates
-
-
-def make_certificates(folder: Path) -> Certificates:
-    """Have `cutlayer certs init` make an authority and the certificates of both sides."""
-    subprocess.run(
-        [sys.executable, "-m", "cutlayer.cli.main", "certs", "init", "--dir", str(folder)],
-        check=True,
-        stdout=subprocess.DEVNULL,
-        env=_environment(1, passive=False),
-    )
-    return Certificates(
-        folder=str(folder),
-        ca=str(folder / "ca.pem"),
-        cert=str(folder / "client.pem"),
-        key=str(folder / "client.key"),
-    )
-
-
-# ---------------------------------------------------------------------- processes
-
-
-def _environment(threads: int, *, passive: bool) -> dict[str, str]:
+def environment(threads: int, *, passive: bool) -> dict[str, str]:
     # Processes that share cores must not spin on each other's time; one that runs alone may.
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}
     return {
@@ -200,161 +178,23 @@ def _environment(threads: int, *, passive: bool) -> dict[str, str]:
     }
 
 
-class Child:
-    """A process of ours that answers one JSON line for each that it is sent."""
-
-    def __init__(
-        self, module: str, spec: Mapping[str, Any], *, threads: int, passive: bool = False
-    ) -> None:
-        self.spec = dict(spec)
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(self.spec)],
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_environment(threads, passive=passive),
-            cwd=ROOT,
-        )
-        self.hello: dict[str, Any] = self._read()
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
-
-    def ask(self, do: str, **given: Any) -> dict[str, Any]:
-        """Have it do something and return its answer."""
-        assert self._process.stdin is not None
-        self._process.stdin.write(json.dumps({"do": do, **given}) + "\n")
-        self._process.stdin.flush()
-        return self._read()
-
-    def _read(self) -> dict[str, Any]:
-        assert self._process.stdout is not None
-        line = self._process.stdout.readline()
-        if not line:
-            sys.exit(f"a contestant died (exit code {self._process.wait()}): {self.spec}")
-        answer: dict[str, Any] = json.loads(line)
-        return answer
-
-    def close(self) -> None:
-        """Let it end by itself."""
-        assert self._process.stdin is not None
-        with contextlib.suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def __enter__(self) -> Child:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
+# ---------------------------------------------------------------------- certificates
 
 
-class Server:
-    """`cutlayer serve` as a process of its own, over mutual TLS."""
-
-    def __init__(
-        self,
-        workload: Workload,
-        certificates: Certificates,
-        folder: Path,
-        *,
-        bottom_layers: int = 2,
-        top_layers: int = 2,
-        threads: int = 1,
-        passive: bool = False,
-    ) -> None:
-        """Start it and wait until it listens."""
-        flags = {
-            "--model_name_or_path": workload.model,
-            "--split_bottom_layers": bottom_layers,
-            "--split_top_layers": top_layers,
-            "--certs": certificates.folder,
-            "--state_dir": folder / "state",
-            "--host": "127.0.0.1",
-            "--port": 0,
-            "--threads": threads,
-        }
-        words = [str(word) for pair in flags.items() for word in pair]
-        self._process = subprocess.Popen(
-            [sys.executable, "-m", "cutlayer.cli.main", "serve", "--mutual_tls", *words],
-            stdout=subprocess.PIPE,
-            text=True,
-            env=_environment(threads, passive=passive),
-            cwd=ROOT,
-        )
-        self.port = self._port()
-
-    def _port(self) -> int:
-        assert self._process.stdout is not None
-        for line in self._process.stdout:
-            found = re.search(r"^serving layers .* at 127\.0\.0\.1:(\d+) ", line)
-            if found:
-                return int(found.group(1))
-        sys.exit(f"the server did not start (exit code {self._process.wait()})")
-
-    @property
-    def pid(self) -> int:
-        """The process's number."""
-        return self._process.pid
-
-    def close(self) -> None:
-        """Stop it as an operator would."""
-        self._process.terminate()
-        try:
-            self._process.wait(timeout=30)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
-
-
-def start_worker(
-    role: str,
-    workload: Workload,
-    *,
-    port: int = 0,
-    certificates: Certificates | None = None,
-    threads: int = 1,
-    passive: bool = False,
-    **settings: Any,
-) -> Child:
-    """Start a contestant; a split one is told a port and more `settings`."""
-    spec = {
-        "role": role,
-        "workload": asdict(workload),
-        "server": f"127.0.0.1:{port}",
-        "certificates": asdict(certificates) if certificates else {},
-        "threads": threads,
-        **settings,
-    }
-    return Child("benchmarks.worker", spec, threads=threads, passive=passive)
-
-
-def cpu_seconds(pid: int | str = "self") -> float:
-    """Return the CPU seconds that a process has used, all threads."""
-    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
-
-
-def memory_bytes(pid: int | str = "self") -> dict[str, int]:
-    """Return a process's resident bytes now (`rss`) and at most so far (`peak`)."""
-    status = Path(f"/proc/{pid}/status").read_text()
-
-    def of(field_name: str) -> int:
-        found = re.search(rf"^{field_name}:\s+(\d+) kB", status, re.MULTILINE)
-        assert found is not None
-        return int(found.group(1)) * 1024
-
-    return {"rss": of("VmRSS"), "peak": of("VmHWM")}
+def make_certificates(folder: Path) -> Certificates:
+    """Have `cutlayer certs init` make an authority and the certificates of both sides."""
+    subprocess.run(
+        [sys.executable, "-m", "cutlayer.cli.main", "certs", "init", "--dir", str(folder)],
+        check=True,
+        stdout=subprocess.DEVNULL,
+        env=environment(1, passive=False),
+    )
+    return Certificates(
+        folder=str(folder),
+        ca=str(folder / "ca.pem"),
+        cert=str(folder / "client.pem"),
+        key=str(folder / "client.key"),
+    )
 
 
 # ---------------------------------------------------------------------- results

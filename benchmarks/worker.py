@@ -32,7 +32,7 @@ import cutlayer
 # `connect` and `attach` are imported on first use; so the bare process holds them too.
 import cutlayer.client.model
 import cutlayer.client.training
-from benchmarks.common import cpu_seconds, memory_bytes
+from benchmarks.processes import cpu_seconds, memory_bytes
 from cutlayer.wire import cutlayer_pb2 as pb
 
 LEARNING_RATE = 1e-4

@@ -15,13 +15,15 @@ sys.path.insert(0, str(HOME.parents[1]))
 from benchmarks.common import (  # noqa: E402
     Certificates,
     Result,
-    Server,
     Workload,
     make_certificates,
     make_workload,
     parser_of,
     scratch,
     settings_of,
+)
+from benchmarks.processes import (  # noqa: E402
+    Server,
     start_worker,
 )
 

@@ -14,16 +14,18 @@ sys.path.insert(0, str(HOME.parents[1]))
 from benchmarks.common import (  # noqa: E402
     MIB,
     Certificates,
-    Child,
     Result,
-    Server,
     Workload,
     make_certificates,
     make_workload,
-    memory_bytes,
     parser_of,
     scratch,
     settings_of,
+)
+from benchmarks.processes import (  # noqa: E402
+    Child,
+    Server,
+    memory_bytes,
     start_worker,
 )
 
@@ -52,8 +54,8 @@ def clients(
         "imports": peak_of(start_worker("imports", workload), 0),
         "loaded": peak_of(start_worker("loaded", workload), 0),
         "client_loaded": peak_of(split(), 0),
-        "client": peak_of(split(), steps),
-        "client_chunks_4": peak_of(split(4), steps),
+        "client": peak_of(split(4), steps),
+        "client_chunks_1": peak_of(split(), steps),
         "unsplit_lora": peak_of(start_worker("unsplit", workload), steps),
         "full_finetuning": peak_of(start_worker("full", workload), steps),
     }
@@ -124,14 +126,14 @@ def main() -> None:
         "client_over_unsplit_lora": client / peaks["unsplit_lora"],
         "client_over_full_finetuning": client / peaks["full_finetuning"],
         "tenant_over_state": _slope(holding) / (4 * adapter),
-        "client_over_own_weights_activations_and_logit_gradients": (
-            client / (own + 2 * counted["logits"])
-        ),
         "client_over_loaded_model": client / peaks["loaded"],
-        "client_chunks_4_over_own_weights_and_activations": peaks["client_chunks_4"] / own,
-        "client_chunks_4_over_unsplit_lora": peaks["client_chunks_4"] / peaks["unsplit_lora"],
-        "client_chunks_4_over_full_finetuning": (
-            peaks["client_chunks_4"] / peaks["full_finetuning"]
+        "client_chunks_1_over_own_weights_and_activations": peaks["client_chunks_1"] / own,
+        "client_chunks_1_over_own_weights_activations_and_logit_gradients": (
+            peaks["client_chunks_1"] / (own + 2 * counted["logits"])
+        ),
+        "client_chunks_1_over_unsplit_lora": peaks["client_chunks_1"] / peaks["unsplit_lora"],
+        "client_chunks_1_over_full_finetuning": (
+            peaks["client_chunks_1"] / peaks["full_finetuning"]
         ),
         "tenant_between_steps_over_adapter_and_moments": _slope(stepped) / (3 * adapter),
         "tenant_adapter_mib": adapter / MIB,

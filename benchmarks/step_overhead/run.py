@@ -13,17 +13,19 @@ sys.path.insert(0, str(HOME.parents[1]))
 
 from benchmarks.common import (  # noqa: E402
     MIB,
-    Child,
     Result,
-    Server,
     Workload,
-    cpu_seconds,
     make_certificates,
     make_workload,
     median,
     parser_of,
     scratch,
     settings_of,
+)
+from benchmarks.processes import (  # noqa: E402
+    Child,
+    Server,
+    cpu_seconds,
     start_worker,
 )
 
@@ -150,7 +152,7 @@ def main() -> None:
     parser.add_argument(
         "--cuts",
         nargs="+",
-        default=["2+2", "8+2", "10+3"],
+        default=["2+2", "8+2", "9+2"],
         help="layers below and above the trunk, the server's own cut first",
     )
     args = parser.parse_args()

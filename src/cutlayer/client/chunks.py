@@ -61,7 +61,11 @@ def joined(outputs: list[Any], weights: list[int], *, loss_is_mean: bool) -> Any
         if not isinstance(values[0], Tensor):
             return None
         if values[0].dim() > 0:
-            return torch.cat(values)
+            if values[0].requires_grad:
+                return torch.cat(values)
+            for output in outputs:
+                output[name] = None
+            return _cat_and_free(values)
         if name == "loss" and not loss_is_mean:
             return torch.stack(values).sum()
         # A chunk without a supervised token has a mean of nothing, which is NaN: leave it out.
@@ -70,3 +74,15 @@ def joined(outputs: list[Any], weights: list[int], *, loss_is_mean: bool) -> Any
 
     kind: type[ModelOutput] = type(outputs[0])
     return kind(**{name: join(name) for name in outputs[0]})
+
+
+def _cat_and_free(values: list[Tensor]) -> Tensor:
+    """Return `torch.cat(values)`, freeing each piece once it is copied: logits are large."""
+    shape = (sum(map(len, values)), *values[0].shape[1:])
+    whole = values[0].new_empty(shape)
+    row = 0
+    while values:
+        piece = values.pop(0)
+        whole[row : row + len(piece)] = piece
+        row += len(piece)
+    return whole
