@@ -77,7 +77,7 @@ class ServerProcess:
     def __init__(self, folder: Path, certs: Path, state_dir: Path, **flags: Any) -> None:
         asked = {"split_bottom_layers": 1, "split_top_layers": 1, "host": "127.0.0.1", "port": 0}
         asked |= {"certs": certs, "state_dir": state_dir, "threads": 1, **flags}
-        words = [f"--{name}={value}" for name, value in asked.items()]
+        words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in asked.items()]
         command = [sys.executable, "-m", "cutlayer.cli.main", "serve"]
         self.process = subprocess.Popen(
             [*command, "--model_name_or_path", str(folder), *words],

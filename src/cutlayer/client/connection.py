@@ -18,7 +18,7 @@ from torch import Tensor
 from cutlayer.client.address import Address
 from cutlayer.client.diagnosis import why_unreachable
 from cutlayer.client.remote_trunk import Question
-from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, Refused
+from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
 from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors, refuse_not_finite
@@ -26,7 +26,7 @@ from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors, refu
 __all__ = ["Connection", "Traffic"]
 
 SERVICE = "cutlayer.v1.Trunk"
-_MAX_ADAPTER_BYTES = 1 << 32
+_MAX_REPLY_BYTES = 1 << 32
 _CHANGES_GRADIENTS = ("backward", "commit", "optim_step", "zero_grad")
 
 
@@ -148,7 +148,8 @@ class Connection:
                 self._last_byte_s = time.monotonic()
 
     def _receive(self) -> None:
-        limit = max(self.offer.max_message_bytes, _MAX_ADAPTER_BYTES)
+        # What the server says of itself must not decide how much memory it may take here.
+        limit = min(max(self.offer.max_message_bytes, 1 << 30), _MAX_REPLY_BYTES)
         assembler = Assembler(max_message_bytes=limit)
         try:
             for frame in self._call:
@@ -167,6 +168,9 @@ class Connection:
             )
         except CutlayerError as error:
             self._fail(error)
+        except Exception as error:  # whatever a reply is made of, those who wait must hear of it
+            reason = f"a reply of the server could not be read ({type(error).__name__})"
+            self._fail(ProtocolError(f"{reason}: check that both sides run the same version"))
 
     def _deliver(self, message: Message) -> None:
         head = message.head

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import transformers
+from torch import Tensor
 
 from cutlayer.client.connection import Connection
 from cutlayer.errors import Refused
@@ -13,8 +15,9 @@ from cutlayer.split.cut import Cut
 from cutlayer.split.loading import Checkpoint, Skeleton, config_digest, layer_digests
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import PROTOCOL
+from cutlayer.wire.tensors import refuse_not_finite
 
-__all__ = ["agreement_of", "check_parameters", "spec_of"]
+__all__ = ["agreement_of", "check_adapter", "check_parameters", "spec_of"]
 
 
 def agreement_of(
@@ -63,3 +66,21 @@ def check_parameters(plan: AdapterPlan, connection: Connection) -> None:
             f"the trunk's adapter differs from the planned one (first at {odd[0][0]}): install the "
             "same version of peft on both sides"
         )
+
+
+def check_adapter(trunk: Mapping[str, Tensor], plan: AdapterPlan) -> None:
+    """Check what a server exported before it is joined to our half and saved.
+
+    Raises:
+        Refused: If it is not the planned adapter of the trunk, or not finite.
+    """
+    planned = sorted(tuple(shape) for shape in plan.trunk_parameters.values())
+    layers = {name.rpartition(".lora_")[0] for name in trunk}
+    targets = {f"base_model.model.{target.name}" for target in plan.trunk.targets}
+    if sorted(tuple(t.shape) for t in trunk.values()) != planned or layers != targets:
+        raise Refused(
+            f"the server sent {len(trunk)} tensors that are not the trunk's adapter as planned: "
+            "nothing was saved; update both sides to the same version"
+        )
+    for name, tensor in trunk.items():
+        refuse_not_finite(tensor, f"adapter tensor '{name}' from the server", "nothing was saved")

@@ -26,7 +26,7 @@ from cutlayer.client.address import Address
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
-from cutlayer.client.handshake import agreement_of, check_parameters, spec_of
+from cutlayer.client.handshake import agreement_of, check_adapter, check_parameters, spec_of
 from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError, Refused
@@ -138,6 +138,7 @@ class SplitModel:
         """
         head = pb.Head(export_adapter=pb.ExportAdapter())
         trunk = self.connection.request(head).wait() if self.plan.trunk.targets else {}
+        check_adapter(trunk, self.plan)
         return union(self.own_adapter(), trunk)
 
     def own_adapter(self) -> dict[str, Tensor]:
@@ -232,8 +233,10 @@ def connect(
     """Return an ordinary PEFT model whose trunk runs at a server.
 
     It holds the embedding, `bottom_layers` first and `top_layers` last layers, the norm and the
-    head; the layers between are never read, downloaded or held here. TRL's and transformers'
-    trainers, `generate` and a plain loop take it as it is; see `attach` for the optimizer.
+    head; the layers between are never downloaded or held here (of a model in one file, the first
+    rows of their tensors are read and compared with the server's: decision 0009). TRL's and
+    transformers' trainers, `generate` and a plain loop take it as it is; see `attach` for the
+    optimizer.
 
     Args:
         model: A folder or a hub id, as for `from_pretrained`.
