@@ -1,0 +1,199 @@
+"""What an attacker has before anything is sent: the public base model, cut where the run is.
+
+Everybody can download the base weights, so everybody can run the client's bottom and top. The
+server can therefore compute what any text would look like on the wire, and what any label would
+send back. All attacks of this room are built on the three calls of `PublicModel`.
+"""
+
+# Shapes:  B batch   T tokens   D model width   V vocabulary   N candidates
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+
+from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed, hidden_of
+from cutlayer.split.loading import load_ends, open_checkpoint, skeleton_of
+
+__all__ = ["PublicModel"]
+
+
+class _Reached(Exception):
+    """Raised to leave a model's forward once what was wanted is there."""
+
+
+class _Seam(nn.Module):
+    """Stand where the trunk would be: catch what comes up, or put in what is said to come down."""
+
+    def __init__(self, anatomy: Anatomy) -> None:
+        super().__init__()
+        self._anatomy = anatomy
+        self.given_BTD: Tensor | None = None
+        self.caught_BTD: Tensor | None = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Do so."""
+        if self.given_BTD is not None:
+            return self._anatomy.as_returned(self.given_BTD)
+        self.caught_BTD = hidden_of(args, kwargs)
+        raise _Reached
+
+
+class PublicModel:
+    """Bottom and top of a public model at a cut, as anybody can run them.
+
+    Attributes:
+        config: The model's config.
+        cut: The cut.
+        head_VD: The weights of the head, (V, D) or (classes, D).
+        head_bias: Its bias, (V,), if it has one.
+    """
+
+    def __init__(self, ends: PreTrainedModel, seam: _Seam, anatomy: Anatomy, cut: Cut) -> None:
+        self.config = ends.config
+        self.cut = cut
+        self._ends = ends.eval().requires_grad_(False)
+        self._seam = seam
+        self._anatomy = anatomy
+        head = _head_of(ends)
+        self._head = head
+        self.head_VD: Tensor = head.weight
+        self.head_bias: Tensor | None = getattr(head, "bias", None)
+
+    @classmethod
+    def load(
+        cls,
+        model: str,
+        *,
+        bottom_layers: int,
+        top_layers: int,
+        task: str = "causal-lm",
+        revision: str | None = None,
+        **settings: Any,
+    ) -> PublicModel:
+        """Load a model's ends from a folder or the hub, in float32 unless `dtype` says otherwise.
+
+        Raises:
+            ModelError: If the model cannot be found or loaded.
+            CannotCut: If it cannot be cut there.
+        """
+        checkpoint = open_checkpoint(model, revision=revision)
+        skeleton = skeleton_of(checkpoint.config, task)
+        cut = Cut.leaving(
+            bottom_layers=bottom_layers,
+            top_layers=top_layers,
+            num_layers=skeleton.anatomy.num_layers,
+        )
+        seam = _Seam(skeleton.anatomy)
+        # Forward-mode derivatives, which label inversion needs, exist for plain attention only.
+        asked = {"dtype": torch.float32, "attn_implementation": "eager", **settings}
+        ends = load_ends(checkpoint, skeleton, cut, seam, **asked)
+        return cls(ends, seam, skeleton.anatomy, cut)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many tokens there are."""
+        return int(self._ends.get_input_embeddings().num_embeddings)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the model is."""
+        return self.head_VD.device
+
+    def bottom(
+        self,
+        ids_BT: Tensor,
+        *,
+        cache: DynamicCache | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
+        """Return the activations that these tokens send up, (B, T, D).
+
+        Args:
+            ids_BT: The tokens; with `cache`, those that follow the ones that it holds.
+            cache: The bottom's KV cache of what came before, which is extended.
+            attention_mask: As the client's model is given it.
+            position_ids: As the client's model is given them.
+        """
+        carried = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given: dict[str, Any] = {name: v for name, v in carried.items() if v is not None}
+        if cache is not None:
+            given |= {"past_key_values": cache, "use_cache": True}
+        else:
+            given["use_cache"] = False
+        if "use_cache" in given and not hasattr(self.config, "use_cache"):
+            del given["use_cache"]
+        self._seam.given_BTD = None
+        with contextlib.suppress(_Reached):
+            self._ends(input_ids=ids_BT, **given)
+        caught_BTD, self._seam.caught_BTD = self._seam.caught_BTD, None
+        assert caught_BTD is not None
+        return caught_BTD
+
+    def new_cache(self) -> DynamicCache:
+        """Return an empty KV cache for `bottom`."""
+        return DynamicCache(config=self.config)
+
+    def top(self, trunk_out_BTD: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+        """Return what the head is applied to, (B, T, D): the top's layers and the norm.
+
+        It is differentiable in both modes.
+        """
+        caught: list[Tensor] = []
+
+        def catch(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            caught.append(args[0])
+            raise _Reached
+
+        handle = self._head.register_forward_pre_hook(catch)
+        rows, tokens = trunk_out_BTD.shape[:2]
+        ids_BT = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
+        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        self._seam.given_BTD = trunk_out_BTD
+        try:
+            with (
+                bottom_bypassed(self._ends, self._anatomy, self.cut),
+                contextlib.suppress(_Reached),
+            ):
+                self._ends(input_ids=ids_BT, **given)
+        finally:
+            self._seam.given_BTD = None
+            handle.remove()
+        return caught[0]
+
+    def head(self, hidden_BTD: Tensor) -> Tensor:
+        """Return the logits, (B, T, V)."""
+        logits: Tensor = self._head(hidden_BTD)
+        return logits
+
+    @contextlib.contextmanager
+    def weights_changed(self, change: Callable[[str, Tensor], Tensor]) -> Iterator[None]:
+        """While open, run with other weights: those of a client who keeps its own secret.
+
+        Args:
+            change: Given a parameter's name and value, return the value to use.
+        """
+        kept = {name: p.data for name, p in self._ends.named_parameters()}
+        try:
+            for name, parameter in self._ends.named_parameters():
+                parameter.data = change(name, parameter.data)
+            yield
+        finally:
+            for name, parameter in self._ends.named_parameters():
+                parameter.data = kept[name]
+
+
+def _head_of(model: PreTrainedModel) -> Any:
+    head = model.get_output_embeddings()
+    if head is None:
+        heads = ("score", "classifier", "classification_head")
+        head = next(getattr(model, name) for name in heads if hasattr(model, name))
+    if not hasattr(head, "weight"):
+        *_, head = (module for module in head.modules() if isinstance(module, nn.Linear))
+    return head

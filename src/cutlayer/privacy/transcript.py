@@ -1,0 +1,241 @@
+"""What really left the client, as the server has it: kept at the client, for the audit.
+
+    <folder>/head.json                 the run's facts, the number of lines and the chain's end
+    <folder>/index.jsonl               a line per file: what it is, its digest, the line before's
+    <folder>/000001-activations.safetensors   what went up, after defense and codec, and the masks
+    <folder>/000001-gradient.safetensors      the gradient of that forward's output, if one left
+    <folder>/000001-truth.safetensors         the tokens and labels; never sent, and never in a report
+
+Tensors are recorded after every defense and as the server decodes them. The lines are chained by
+SHA-256 and counted in the head, so that a missing, changed or added one is seen.
+"""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load, save
+from torch import Tensor
+
+from cutlayer.errors import DataError, StorageError
+
+__all__ = ["Departure", "TranscriptWriter", "read_transcript"]
+
+_HEAD, _INDEX = "head.json", "index.jsonl"
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Departure:
+    """One forward of the client, and what the server got of it."""
+
+    number: int
+    step: int
+    """Optimizer steps done before it."""
+    smashed_BTD: Tensor
+    carried: dict[str, Tensor]
+    """`attention_mask` and `position_ids`, if they were sent."""
+    truth: dict[str, Tensor]
+    """`input_ids` and `labels`, as far as the model was called with them; (B, T)."""
+    gradient_BTD: Tensor | None = None
+    """The gradient at the upper cut, if one left."""
+
+
+class TranscriptWriter:
+    """Record the departures of a run's steps 0, 1, 2, 4, 8, … up to a number of sequences."""
+
+    def __init__(self, folder: Path, facts: Mapping[str, Any], *, sequences: int) -> None:
+        """Begin a transcript; one that stands there is continued if it is of the same run.
+
+        Args:
+            folder: Where it goes.
+            facts: What an audit must know: model, revision, cut, codec, defense, versions.
+            sequences: How many sequences to record at most.
+
+        Raises:
+            StorageError: If the folder cannot be written.
+            DataError: If a transcript of another run stands there, or a damaged one.
+        """
+        self._folder = folder
+        self._left = sequences
+        self._lines = 0
+        self._chain = ""
+        self._facts = {"format": FORMAT, **facts}
+        self._recorded: set[int] = set()
+        if (folder / _HEAD).exists():
+            self._go_on()
+        else:
+            self._write(_INDEX, b"")
+            self._write_head()
+
+    def _go_on(self) -> None:
+        head, lines = _read_index(self._folder)
+        if head["facts"] != json.loads(json.dumps(self._facts)):
+            raise DataError(
+                f"'{self._folder}' holds the transcript of another run: name another output_dir, "
+                "or move it away"
+            )
+        self._lines, self._chain = head["lines"], head["chain"]
+        self._left -= sum(line["shape"][0] for line in lines if line["kind"] == "activations")
+
+    def wants(self, step: int) -> bool:
+        """Say whether departures of this step are recorded."""
+        return self._left > 0 and step & (step - 1) == 0
+
+    def activations(
+        self,
+        number: int,
+        step: int,
+        smashed_BTD: Tensor,
+        carried: Mapping[str, Tensor],
+        truth: Mapping[str, Tensor],
+    ) -> None:
+        """Record what a forward sent up, if its step is one that is recorded.
+
+        Raises:
+            StorageError: If the disk is full.
+        """
+        if not self.wants(step):
+            return
+        self._left -= len(smashed_BTD)
+        self._recorded.add(number)
+        self._add("activations", number, step, {"smashed": smashed_BTD, **carried})
+        self._add("truth", number, step, truth)
+
+    def gradient(self, number: int, step: int, grad_BTD: Tensor) -> None:
+        """Record the gradient that left for a recorded forward.
+
+        Raises:
+            StorageError: If the disk is full.
+        """
+        if number in self._recorded:
+            self._add("gradient", number, step, {"gradient": grad_BTD})
+
+    def _add(self, kind: str, number: int, step: int, tensors: Mapping[str, Tensor]) -> None:
+        body = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
+        file = f"{self._lines + 1:06d}-{kind}.safetensors"
+        first = next(iter(tensors.values()), None)
+        line = {
+            "kind": kind,
+            "number": number,
+            "step": step,
+            "file": file,
+            "shape": list(first.shape) if first is not None else [0],
+            "sha256": hashlib.sha256(body).hexdigest(),
+            "previous": self._chain,
+        }
+        text = json.dumps(line, sort_keys=True)
+        self._write(file, body)
+        self._write(_INDEX, text.encode() + b"\n", append=True)
+        self._lines += 1
+        self._chain = hashlib.sha256(text.encode()).hexdigest()
+        self._write_head()
+
+    def _write_head(self) -> None:
+        head = {"facts": self._facts, "lines": self._lines, "chain": self._chain}
+        self._write(_HEAD, json.dumps(head, indent=2).encode())
+
+    def _write(self, name: str, body: bytes, *, append: bool = False) -> None:
+        path = self._folder / name
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            if append:
+                with path.open("ab") as file:
+                    file.write(body)
+                return
+            aside = path.with_name(f".{name}.part")
+            aside.write_bytes(body)
+            os.chmod(aside, 0o600)
+            aside.replace(path)
+        except OSError as error:
+            raise StorageError(
+                f"the transcript could not be written to '{self._folder}' ({error.strerror}): free "
+                "space, or set split_transcript to 0"
+            ) from error
+
+
+def read_transcript(folder: Path) -> tuple[dict[str, Any], Iterator[Departure]]:
+    """Return a transcript's facts and its departures, each file checked when it is read.
+
+    Raises:
+        DataError: If there is none, or a line or a file is missing, changed or added.
+    """
+    head, lines = _read_index(folder)
+    return head["facts"], _departures(folder, lines)
+
+
+def _read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    try:
+        head = json.loads((folder / _HEAD).read_text())
+        texts = (folder / _INDEX).read_text().splitlines()
+        lines = [json.loads(text) for text in texts]
+        facts, count, chain = head["facts"], int(head["lines"]), str(head["chain"])
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"'{folder}' holds no transcript that can be read ({type(error).__name__}): train with "
+            "split_transcript above 0, and name the run's output_dir"
+        ) from error
+    previous = ""
+    for number, (text, line) in enumerate(zip(texts, lines, strict=True)):
+        if line.get("previous") != previous:
+            raise _damaged(folder, f"line {number + 1} of its index does not follow the one before")
+        previous = hashlib.sha256(text.encode()).hexdigest()
+    if len(lines) != count or previous != chain:
+        raise _damaged(folder, f"its index has {len(lines)} lines and its head tells {count}")
+    if facts.get("format") != FORMAT:
+        raise DataError(
+            f"'{folder}' is a transcript of format {facts.get('format')} and this version reads "
+            f"{FORMAT}: audit it with the version that wrote it"
+        )
+    return {"facts": facts, "lines": count, "chain": chain}, lines
+
+
+def _departures(folder: Path, lines: list[dict[str, Any]]) -> Iterator[Departure]:
+    gradients = {line["number"]: line for line in lines if line["kind"] == "gradient"}
+    truths = {line["number"]: line for line in lines if line["kind"] == "truth"}
+    for line in lines:
+        if line["kind"] != "activations":
+            continue
+        sent = _tensors(folder, line)
+        truth = truths.get(line["number"])
+        gradient = gradients.get(line["number"])
+        yield Departure(
+            number=line["number"],
+            step=line["step"],
+            smashed_BTD=sent.pop("smashed"),
+            carried=sent,
+            truth=_tensors(folder, truth) if truth else {},
+            gradient_BTD=_tensors(folder, gradient)["gradient"] if gradient else None,
+        )
+
+
+def _tensors(folder: Path, line: Mapping[str, Any]) -> dict[str, Tensor]:
+    file = str(line["file"])
+    try:
+        if "/" in file or file.startswith("."):
+            raise _damaged(folder, f"it names the file '{file}'")
+        body = (folder / file).read_bytes()
+        if hashlib.sha256(body).hexdigest() != line["sha256"]:
+            raise _damaged(folder, f"{file} is not as it was written")
+        tensors: dict[str, Tensor] = load(body)
+    except OSError as error:
+        raise _damaged(folder, f"{file} cannot be read ({error.strerror})") from error
+    except SafetensorError as error:
+        raise _damaged(folder, f"{file} is no tensor file") from error
+    return tensors
+
+
+def _damaged(folder: Path, how: str) -> DataError:
+    return DataError(
+        f"the transcript in '{folder}' was cut off or altered ({how}): an audit of it would prove "
+        "nothing; take the whole folder of the run"
+    )
