@@ -1,0 +1,1 @@
+"""Benchmarks: a folder per question; run.py of each is the entry."""
