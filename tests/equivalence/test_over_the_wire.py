@@ -96,6 +96,20 @@ def test_a_part_may_be_frozen(llama: Site, train: tuple[str, ...]):
     assert not equal(before, adapter_of(whole))
 
 
+def test_zero_grad_without_a_step_drops_both_sides_gradients(llama: Site):
+    """A loop that throws a batch's gradients away trains as if it had never seen the batch."""
+
+    def run(model: object) -> list:
+        loop = Loop.over(model)
+        model(**batch_of(7)).loss.backward()
+        loop.optimizer.zero_grad()
+        return [*loop.step(batch_of(1)), *loop.step(batch_of(2))]
+
+    expected = run(llama.unsplit())
+    with llama.connect() as split:
+        assert equal(expected, run(split))
+
+
 def test_chunked_is_unchunked_to_rounding(folder_of, serve):
     """A batch in three micro-chunks gives the loss and the adapter of the batch in one piece."""
     # Means over other rows round otherwise, and transformers computes the loss in float32 even of

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import functools
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -35,6 +35,7 @@ class TrunkOptimizer:
         self._clip_factor = 1.0
         self._declared = False
         self._followed: torch.optim.Optimizer | None = None
+        self._gradients_are_of = 0
         self._parameters = {
             name: p
             for name, p in model.named_parameters()  # type: ignore[attr-defined]
@@ -57,6 +58,16 @@ class TrunkOptimizer:
         if self._followed is not optimizer:  # a trainer that trains again keeps its optimizer
             optimizer.register_step_post_hook(self._stepped)
             self._followed, self._declared = optimizer, False
+            self._gradients_are_of = self._model.connection.gradient_changes()
+            _call_after(optimizer, "zero_grad", self._zeroed)
+
+    def _zeroed(self) -> None:
+        """Drop the trunk's gradients with the client's; a step has dropped them already."""
+        connection = self._model.connection
+        if self._model.remote_trunk.trains:
+            if self._gradients_are_of != connection.gradient_changes():
+                connection.request(pb.Head(zero_grad=pb.ZeroGrad()), unattended=True)
+            self._gradients_are_of = connection.gradient_changes()
 
     def _stepped(self, optimizer: torch.optim.Optimizer, *_args: Any) -> None:
         remote = self._model.remote_trunk
@@ -71,6 +82,7 @@ class TrunkOptimizer:
             step.groups.append(_group_of(group, members.get(index, [])))
         self._declared, self._clip_factor = True, 1.0
         self._model.connection.request(pb.Head(optim_step=step), unattended=True)
+        self._gradients_are_of = self._model.connection.gradient_changes()
 
     def _members(self, optimizer: torch.optim.Optimizer) -> dict[int, list[str]]:
         """Put each parameter of the trunk into the group of its twin in another layer.
@@ -134,6 +146,19 @@ class TrunkOptimizer:
             for norm in (own.get(name), theirs.get(name))
             if norm is not None
         ]
+
+
+def _call_after(thing: Any, name: str, then: Callable[[], None]) -> None:
+    """Have a method of one object followed by a call; torch has no hook for `zero_grad`."""
+    method = getattr(thing, name)
+
+    @functools.wraps(method)
+    def followed(*args: Any, **kwargs: Any) -> Any:
+        done = method(*args, **kwargs)
+        then()
+        return done
+
+    setattr(thing, name, followed)
 
 
 def _group_of(group: dict[str, Any], names: list[str]) -> pb.ParamGroup:
