@@ -3,8 +3,9 @@
     <folder>/head.json                 the run's facts, the number of lines and the chain's end
     <folder>/index.jsonl               a line per file: what it is, its digest, the line before's
     <folder>/000001-activations.safetensors   what went up, after defense and codec, and the masks
-    <folder>/000001-gradient.safetensors      the gradient of that forward's output, if one left
-    <folder>/000001-truth.safetensors         the tokens and labels; never sent, and never in a report
+    <folder>/000002-truth.safetensors         the tokens and labels, which were never sent
+    <folder>/000003-trunk_out.safetensors     the server's answer, which it knows as well
+    <folder>/000004-gradient.safetensors      the gradient at the upper cut, if one left
 
 Tensors are recorded after every defense and as the server decodes them. The lines are chained by
 SHA-256 and counted in the head, so that a missing, changed or added one is seen.
@@ -46,6 +47,8 @@ class Departure:
     """`attention_mask` and `position_ids`, if they were sent."""
     truth: dict[str, Tensor]
     """`input_ids` and `labels`, as far as the model was called with them; (B, T)."""
+    trunk_out_BTD: Tensor | None = None
+    """What the server computed from it, where the client needed it."""
     gradient_BTD: Tensor | None = None
     """The gradient at the upper cut, if one left."""
 
@@ -78,6 +81,7 @@ class TranscriptWriter:
             self._write_head()
 
     def _go_on(self) -> None:
+        self._drop_the_line_that_a_crash_left()
         head, lines = _read_index(self._folder)
         if head["facts"] != json.loads(json.dumps(self._facts)):
             raise DataError(
@@ -86,6 +90,16 @@ class TranscriptWriter:
             )
         self._lines, self._chain = head["lines"], head["chain"]
         self._left -= sum(line["shape"][0] for line in lines if line["kind"] == "activations")
+
+    def _drop_the_line_that_a_crash_left(self) -> None:
+        """Take back what was appended to the index after the head was last written."""
+        try:
+            count = int(json.loads((self._folder / _HEAD).read_text())["lines"])
+            texts = (self._folder / _INDEX).read_bytes().splitlines(keepends=True)
+        except (OSError, ValueError, KeyError, TypeError):
+            return  # reading it will say what is wrong
+        if len(texts) == count + 1:
+            self._write(_INDEX, b"".join(texts[:count]))
 
     def wants(self, step: int) -> bool:
         """Say whether departures of this step are recorded."""
@@ -110,6 +124,15 @@ class TranscriptWriter:
         self._recorded.add(number)
         self._add("activations", number, step, {"smashed": smashed_BTD, **carried})
         self._add("truth", number, step, truth)
+
+    def trunk_out(self, number: int, step: int, trunk_out_BTD: Tensor) -> None:
+        """Record what the server answered to a recorded forward: it knows that too.
+
+        Raises:
+            StorageError: If the disk is full.
+        """
+        if number in self._recorded:
+            self._add("trunk_out", number, step, {"trunk_out": trunk_out_BTD})
 
     def gradient(self, number: int, step: int, grad_BTD: Tensor) -> None:
         """Record the gradient that left for a recorded forward.
@@ -200,21 +223,25 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
 
 
 def _departures(folder: Path, lines: list[dict[str, Any]]) -> Iterator[Departure]:
-    gradients = {line["number"]: line for line in lines if line["kind"] == "gradient"}
-    truths = {line["number"]: line for line in lines if line["kind"] == "truth"}
+    of = {(line["kind"], line["number"]): line for line in lines}
+
+    def one(kind: str, number: int) -> Tensor | None:
+        line = of.get((kind, number))
+        return _tensors(folder, line)[kind] if line else None
+
     for line in lines:
         if line["kind"] != "activations":
             continue
         sent = _tensors(folder, line)
-        truth = truths.get(line["number"])
-        gradient = gradients.get(line["number"])
+        truth = of.get(("truth", line["number"]))
         yield Departure(
             number=line["number"],
             step=line["step"],
             smashed_BTD=sent.pop("smashed"),
             carried=sent,
             truth=_tensors(folder, truth) if truth else {},
-            gradient_BTD=_tensors(folder, gradient)["gradient"] if gradient else None,
+            trunk_out_BTD=one("trunk_out", line["number"]),
+            gradient_BTD=one("gradient", line["number"]),
         )
 
 
