@@ -158,6 +158,7 @@ class Connection:
                 message = assembler.feed(frame)
                 if message is not None and message.head.WhichOneof("verb") != "working":
                     self._deliver(message)
+                del frame, message
             self._fail(ConnectionFailed(f"the server at {self.address.server} closed the session"))
         except grpc.RpcError as error:
             self._fail(

@@ -119,6 +119,8 @@ class _Stream:
                 return
             answered += 1
             yield from frames_of(*reply)
+            # A tenant that is silent from here on must not keep its last tensors alive.
+            del reply
             self._room.release()
 
     def _read(self) -> None:
@@ -135,6 +137,7 @@ class _Stream:
                 arrived_s = time.monotonic()
                 work = functools.partial(self._answer, message, arrived_s)
                 last = self._sessions.on_trunk(work)
+                del frame, message, work
         except ProtocolError as error:
             self._outgoing.put((_failure(error), []))
         except Exception:  # the stream broke: gRPC raises its own, the pool may be shut down

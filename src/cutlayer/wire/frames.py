@@ -97,7 +97,9 @@ class Assembler:
         self._filled = end
         if end < len(self._body):
             return None
-        message, self._head = Message(self._head, self._body), None
+        message = Message(self._head, self._body)
+        # What was handed over is not kept: a silent tenant's last tensors would stay alive here.
+        self._head, self._body, self._filled = None, memoryview(b""), 0
         return message
 
     def _begin(self, rest: memoryview) -> memoryview:
