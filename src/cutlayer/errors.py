@@ -10,7 +10,10 @@
     ├── Refused              exit 6    the other side said no, and says why
     │   └── ProtocolError    exit 6    a frame that breaks the protocol
     ├── NotFinite            exit 7    NaN or infinity, in the loss or in an activation
-    └── StorageError         exit 8    a disk that is full or cannot be written
+    ├── StorageError         exit 8    a disk that is full or cannot be written
+    └── PrivacyError         exit 9    a promise of privacy that cannot be kept
+        ├── AttestationFailed  exit 9  the server does not prove what it is; nothing was sent
+        └── BudgetExhausted  exit 9    the privacy budget is spent; nothing was sent
 
 Each class has a stable `code` (it crosses the wire and stands in `--format json`) and a stable
 `exit_code`. Each also inherits the class of the standard library which it refines. A message is
@@ -22,6 +25,8 @@ from __future__ import annotations
 
 __all__ = [
     "BY_CODE",
+    "AttestationFailed",
+    "BudgetExhausted",
     "CannotCut",
     "ConfigError",
     "ConnectionFailed",
@@ -29,6 +34,7 @@ __all__ = [
     "DataError",
     "ModelError",
     "NotFinite",
+    "PrivacyError",
     "ProtocolError",
     "Refused",
     "StorageError",
@@ -108,6 +114,25 @@ class StorageError(CutlayerError, OSError):
 
     code = "storage"
     exit_code = 8
+
+
+class PrivacyError(CutlayerError, RuntimeError):
+    """A promise of privacy cannot be kept: accountants disagree, evidence does not hold."""
+
+    code = "privacy"
+    exit_code = 9
+
+
+class AttestationFailed(PrivacyError):
+    """A server's evidence does not verify, or not for this connection; nothing was sent."""
+
+    code = "attestation"
+
+
+class BudgetExhausted(PrivacyError):
+    """The next release would exceed the privacy budget; nothing was sent."""
+
+    code = "budget"
 
 
 def _walk(cls: type[CutlayerError]) -> list[type[CutlayerError]]:

@@ -312,7 +312,7 @@ def test_reasons_of_refusal_are_sentences():
 
 def test_every_error_has_a_code_and_an_exit_code():
     """Codes are unique, and exit codes are those that the tree in errors.py states."""
-    assert len(BY_CODE) == 11
+    assert len(BY_CODE) == 14
     stated = {"config": 2, "data": 3, "model": 4, "connection": 5, "refused": 6, "storage": 8}
     assert stated.items() <= {code: kind.exit_code for code, kind in BY_CODE.items()}.items()
 

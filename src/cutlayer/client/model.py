@@ -7,7 +7,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +26,14 @@ from cutlayer.client.address import Address
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
+from cutlayer.client.departures import Departures
 from cutlayer.client.handshake import agreement_of, check_adapter, check_parameters, spec_of
 from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError, Refused
+from cutlayer.privacy.defenses import Defense
+from cutlayer.privacy.ledger import Ledger
+from cutlayer.privacy.transcript import TranscriptWriter
 from cutlayer.split.adapters import (
     ADAPTER,
     PARTS,
@@ -228,6 +232,9 @@ def connect(
     take_up: bool = False,
     connect_timeout_s: float = 30.0,
     idle_timeout_s: float = 120.0,
+    defenses: Sequence[Defense] = (),
+    ledger: Ledger | None = None,
+    transcript: TranscriptWriter | None = None,
     **config_overrides: Any,
 ) -> Any:
     """Return an ordinary PEFT model whose trunk runs at a server.
@@ -261,6 +268,9 @@ def connect(
         take_up: Take up the adapter that the server kept under `run`.
         connect_timeout_s: Seconds to reach the server.
         idle_timeout_s: Seconds without a byte after which the server is taken for dead.
+        defenses: What is done to what leaves, from `cutlayer.privacy.defenses`.
+        ledger: Where releases of formal defenses are booked; they need one.
+        transcript: Where some of what leaves is kept at the client, for `cutlayer audit`.
         config_overrides: Set on the model's config (`num_labels`, …).
 
     Raises:
@@ -271,6 +281,8 @@ def connect(
         Refused: If the two sides do not hold the same model, or the server says no.
     """
     _check(codec, chunks, dtype)
+    if ledger is None and any(defense.formal for defense in defenses):
+        raise ConfigError("a defense with a guarantee needs a ledger that books what leaves")
     checkpoint = open_checkpoint(model, revision=revision)
     for name, value in config_overrides.items():
         setattr(checkpoint.config, name, value)
@@ -315,7 +327,22 @@ def connect(
     remote.entry = watch_entry(ends, skeleton.anatomy)
     remote.link = connection
     remote.trains = bool(plan.trunk.targets)
+    remote.departures = Departures(defenses, ledger, transcript, codec)
+    _defend_embedding(ends, defenses)
     return _wrapped(ends, plan, task, connection, remote, skeleton.anatomy, cut, chunks, reply)
+
+
+def _defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> None:
+    """Put the defense that belongs there behind the embedding, where a token is still alone."""
+    for defense in defenses:
+        if defense.site == "embedding":
+
+            def defended(
+                _module: Any, _args: Any, output: Tensor, _apply: Any = defense.apply
+            ) -> Tensor:
+                return _apply(output)
+
+            ends.get_input_embeddings().register_forward_hook(defended)
 
 
 def _path(given: str | Path | None) -> Path | None:

@@ -28,6 +28,7 @@ import torch
 from torch import Tensor, nn
 from transformers import Cache
 
+from cutlayer.client.departures import Departures
 from cutlayer.errors import CannotCut
 from cutlayer.split.cut import Anatomy, cache_of, hidden_of, note_in_cache
 from cutlayer.split.entry import Entry
@@ -102,6 +103,8 @@ class Sent:
     gradient: Answer | None = None
     hold: int = 0
     wants_norms: bool = True
+    step: int = 0
+    records: list[str] = field(default_factory=list)
 
     def gradient_arrived(self) -> bool:
         """Say whether the gradient of the activations is there."""
@@ -162,6 +165,7 @@ class RemoteTrunk(nn.Module):
         self.adapter_disabled = False
         self.seed = seed
         self.entry = Entry()
+        self.departures = Departures()
         self.link: Link | None = None
         self._anatomy = anatomy
         self._layer = layer
@@ -210,6 +214,7 @@ class RemoteTrunk(nn.Module):
             "the smashed activations",
             "nothing was sent; lower the learning rate, or look at the sample",
         )
+        hidden_BTD = self.departures.defended(hidden_BTD, self.entry)
         question = Question(
             carried=dict(self.entry.carried),
             training=self.training,
@@ -221,17 +226,23 @@ class RemoteTrunk(nn.Module):
             **self._cache_fields(cache, hidden_BTD, grad=grad),
         )
         assert self.link is not None
-        if not grad:
+        if grad:
+            flight = _Flight(self.link, question)
+            ticket = _Send.apply(hidden_BTD, self._anchor, flight)
+            assert flight.sent is not None
+            chunk = Chunk(flight.sent, ticket)
+        else:
             number, output = self.link.forward(hidden_BTD.detach(), question)
-            return Chunk(Sent(number, output), hidden_BTD.new_zeros(0))
-        flight = _Flight(self.link, question)
-        ticket = _Send.apply(hidden_BTD, self._anchor, flight)
-        assert flight.sent is not None
-        return Chunk(flight.sent, ticket)
+            chunk = Chunk(Sent(number, output), hidden_BTD.new_zeros(0))
+        chunk.sent.step = self.step
+        chunk.sent.records = self.departures.sent(
+            chunk.sent.number, self.step, hidden_BTD, self.entry
+        )
+        return chunk
 
     def _receive(self, chunk: Chunk) -> Tensor:
         if chunk.ticket.requires_grad:
-            received: Tensor = _Receive.apply(chunk.ticket, self.link, chunk.sent)
+            received: Tensor = _Receive.apply(chunk.ticket, self.link, chunk.sent, self.departures)
             return received
         out_BTD = chunk.sent.output.wait()
         assert out_BTD is not None
@@ -343,16 +354,17 @@ class _Receive(torch.autograd.Function):
     """The trunk's output arrives; in backward its gradient leaves."""
 
     @staticmethod
-    def forward(ctx: Any, ticket: Tensor, link: Link, sent: Sent) -> Tensor:
-        ctx.link, ctx.sent = link, sent
+    def forward(ctx: Any, ticket: Tensor, link: Link, sent: Sent, departures: Departures) -> Tensor:
+        ctx.link, ctx.sent, ctx.departures = link, sent, departures
         out_BTD = sent.output.wait()
         assert out_BTD is not None
+        departures.received(sent.number, sent.step, out_BTD)
         # Autograd hangs this node on what is returned. Were that the very tensor that `sent` holds,
         # the two would keep each other alive, and the trunk's graph with them.
         return out_BTD.detach().to(ticket.device)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         refuse_not_finite(
             grads[0],
             "the gradient at the upper cut",
@@ -360,10 +372,11 @@ class _Receive(torch.autograd.Function):
             "instead of fp16, or look at the batch",
         )
         sent: Sent = ctx.sent
+        leaving_BTD = ctx.departures.gradient(sent.number, sent.step, grads[0], sent.records)
         sent.gradient = ctx.link.backward(
-            sent.number, grads[0], hold=sent.hold, wants_norms=sent.wants_norms
+            sent.number, leaving_BTD, hold=sent.hold, wants_norms=sent.wants_norms
         )
-        return grads[0].new_zeros(0), None, None
+        return grads[0].new_zeros(0), None, None, None
 
 
 def chunks_sent(remote: RemoteTrunk, calls: Sequence[Any]) -> list[Chunk]:

@@ -16,6 +16,8 @@ __all__ = ["CARRIED", "Entry", "watch_entry"]
 # What the trunk needs besides the activations. Both are taken where the model is entered, because
 # below that point a family has already turned them into masks and angles of its own kind.
 CARRIED = ("attention_mask", "position_ids")
+# What must not reach the server; the client's own audit compares with it.
+_TRUTH = ("input_ids", "labels", "shift_labels")
 
 
 @dataclass
@@ -23,6 +25,8 @@ class Entry:
     """What was handed to a model when it was entered, as far as the trunk needs it."""
 
     carried: dict[str, Tensor] = field(default_factory=dict)
+    truth: dict[str, Tensor] = field(default_factory=dict)
+    """Tokens and labels as the model was called with them; they stay at the client."""
     depth: int = 0
 
 
@@ -53,6 +57,7 @@ def watch_entry(model: nn.Module, anatomy: Anatomy) -> Entry:
                         f"{name}=True cannot be answered: the trunk's layers are remote"
                     )
             entry.carried = {k: given[k] for k in CARRIED if isinstance(given.get(k), Tensor)}
+            entry.truth = {k: given[k] for k in _TRUTH if isinstance(given.get(k), Tensor)}
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             entry.depth -= 1

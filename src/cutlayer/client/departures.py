@@ -1,0 +1,106 @@
+"""Everything that leaves the client in a step passes here: defended, booked, recorded.
+
+Two tensors leave: the smashed activations at the lower cut, and the gradient at the upper cut. A
+defense on the first is part of the graph, so that autograd differentiates it; one on the second
+runs in the backward of `_Receive`. A release is booked before its tensor is sent: where the budget
+is spent nothing leaves. What is recorded is what the server will have after the codec.
+"""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from cutlayer.privacy.defenses import Defense
+from cutlayer.privacy.ledger import Ledger
+from cutlayer.privacy.transcript import TranscriptWriter
+from cutlayer.split.entry import Entry
+from cutlayer.wire.codecs import CODECS
+
+__all__ = ["Departures"]
+
+
+@dataclass
+class Departures:
+    """The defenses of a run, its ledger and its transcript; none of them by default.
+
+    Attributes:
+        defenses: At most one a channel.
+        ledger: Where releases of formal defenses are booked.
+        transcript: Where some of what leaves is kept for the audit.
+        codec: How tensors are written on the wire.
+    """
+
+    defenses: Sequence[Defense] = ()
+    ledger: Ledger | None = None
+    transcript: TranscriptWriter | None = None
+    codec: str = "raw"
+
+    def defended(self, hidden_BTD: Tensor, entry: Entry) -> Tensor:
+        """Return the activations that may leave; differentiable.
+
+        Raises:
+            BudgetExhausted: If a release would cost more than what is left; nothing was sent.
+        """
+        defense = self._at("lower cut")
+        if defense is None:
+            return hidden_BTD
+        defended_BTD = defense.apply(hidden_BTD, entry.carried.get("attention_mask"))
+        self._book(defense, self._records_of(entry, len(hidden_BTD)), defended_BTD)
+        return defended_BTD
+
+    def sent(self, number: int, step: int, smashed_BTD: Tensor, entry: Entry) -> list[str]:
+        """Take note of activations that have left; return the names of their sequences."""
+        if self.transcript and self.transcript.wants(step):
+            arrived_BTD = self._as_it_arrives(smashed_BTD)
+            self.transcript.activations(number, step, arrived_BTD, entry.carried, entry.truth)
+        return self._records_of(entry, len(smashed_BTD)) if self._at("upper cut") else []
+
+    def received(self, number: int, step: int, trunk_out_BTD: Tensor) -> None:
+        """Take note of what the server computed, which it knows too."""
+        if self.transcript:
+            self.transcript.trunk_out(number, step, trunk_out_BTD)
+
+    def gradient(self, number: int, step: int, grad_BTD: Tensor, records: list[str]) -> Tensor:
+        """Return the gradient that may leave.
+
+        Args:
+            number: The number of the forward.
+            step: Optimizer steps done.
+            grad_BTD: The gradient of its output.
+            records: What `sent` returned for it.
+
+        Raises:
+            BudgetExhausted: If a release would cost more than what is left; nothing was sent.
+        """
+        defense = self._at("upper cut")
+        if defense is not None:
+            grad_BTD = defense.apply(grad_BTD, None)
+            self._book(defense, records, grad_BTD)
+        if self.transcript:
+            self.transcript.gradient(number, step, self._as_it_arrives(grad_BTD))
+        return grad_BTD
+
+    def _at(self, site: str) -> Defense | None:
+        return next((defense for defense in self.defenses if defense.site == site), None)
+
+    def _book(self, defense: Defense, records: list[str], leaving: Tensor) -> None:
+        if self.ledger is not None:
+            digest = hashlib.sha256(leaving.detach().cpu().contiguous().numpy().tobytes())
+            self.ledger.book(defense.releases(len(leaving), records), digest.hexdigest())
+
+    def _records_of(self, entry: Entry, rows: int) -> list[str]:
+        """Return a name for each sequence, by which the ledger counts how often it has left."""
+        ids_BT = entry.truth.get("input_ids")
+        if self.ledger is None or ids_BT is None or len(ids_BT) != rows:
+            return []  # counts for every record
+        return [self.ledger.record_of(row.tolist()) for row in ids_BT]
+
+    def _as_it_arrives(self, tensor: Tensor) -> Tensor:
+        codec = CODECS[self.codec]
+        return codec.decode(codec.encode(tensor.detach()), tensor.dtype)
