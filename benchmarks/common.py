@@ -244,6 +244,15 @@ def _git(*words: str) -> str:
     return done.stdout.strip() if done.returncode == 0 else ""
 
 
+def plain_settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
+    """Return what a benchmark without a model records."""
+    return {
+        "quick": args.quick,
+        "uncommitted_changes_in_src": bool(_git("status", "--porcelain", "--", "src")),
+        **more,
+    }
+
+
 def settings_of(workload: Workload, args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return the settings that every benchmark records, and its own."""
     from importlib.metadata import version

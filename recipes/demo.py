@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """The story of a hospital, on this machine: `make demo`.
 
-A hospital has diagnosis wordings that must not leave the building, and no GPU. It fine-tunes a
-real model (SmolLM2-135M-Instruct) to put a wording into its ICD-10-CM chapter; the model's trunk
-runs in another process, over TLS. Then the adapter is loaded into the ordinary unsplit model with
-stock peft, and both ways of running it are compared.
+A hospital keeps its diagnosis wordings on its own machine, which has no GPU. It fine-tunes a real
+model (SmolLM2-135M-Instruct) to put a wording into its ICD-10-CM chapter; the model's trunk runs in
+another process, over TLS. Then the adapter is loaded into the ordinary unsplit model with stock
+peft, and both ways of running it are compared. At the end stands what the server could have read.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> int:
         before, answers_before = score(data / "smollm2", None, rows)
         print(f"accuracy before: {before:.1%} of {len(rows)}")
 
-        say("3. Training through the split; text, labels, tokenizer and both ends stay here")
+        say("3. Training through the split; both ends and the tokenizer stay here")
         overrides = overrides_of(data, output, address)
         cli("train", "--config", str(HERE / "icd10.yaml"), "--threads", "1", *overrides)
 
@@ -65,6 +65,9 @@ def main(argv: list[str] | None = None) -> int:
     finally:
         server.terminate()
         server.wait()
+    say("7. What the server could read of this run (the report is audit.html)")
+    audit_words = ["--run", str(output / "run"), "--output", str(output / "audit")]
+    cli("audit", *audit_words, "--samples", "8", "--tokens", "16", "--threads", "2")
     agree = answers_after == answers_through
     for row, was, now in list(zip(rows, answers_before, answers_after, strict=True))[:SHOWN]:
         print(f"\n  {row['prompt'][-1]['content']}\n    right:  {row['completion'][0]['content']}")
@@ -128,6 +131,8 @@ def overrides_of(data: Path, output: Path, address: str) -> list[str]:
         "model_name_or_path": data / "smollm2",
         "dataset_name": data / "icd10",
         "output_dir": output / "run",
+        "split_chunks": 4,  # both processes compute at once
+        "split_transcript": 16,
     }
     return [word for key, value in flags.items() for word in (f"--{key}", str(value))]
 

@@ -140,10 +140,23 @@ class PublicModel:
         """Return an empty KV cache for `bottom`."""
         return DynamicCache(config=self.config)
 
-    def top(self, trunk_out_BTD: Tensor, *, attention_mask: Tensor | None = None) -> Tensor:
+    @property
+    def pools(self) -> bool:
+        """Whether there is one label a row, of a class, and not one a position."""
+        return type(self._ends).__name__.endswith("ForSequenceClassification")
+
+    def top(
+        self,
+        trunk_out_BTD: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> Tensor:
         """Return what the head is applied to, (B, T, D): the top's layers and the norm.
 
-        It is differentiable in both modes.
+        Classifiers that pool before their head (BERT) give (B, D); those that apply it everywhere
+        and then pick one position (Llama, GPT-2) give (B, T, D). It is differentiable in both
+        modes.
         """
         caught: list[Tensor] = []
 
@@ -154,7 +167,8 @@ class PublicModel:
         handle = self._head.register_forward_pre_hook(catch)
         rows, tokens = trunk_out_BTD.shape[:2]
         ids_BT = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
-        given = {} if attention_mask is None else {"attention_mask": attention_mask}
+        carried = {"attention_mask": attention_mask, "position_ids": position_ids}
+        given = {name: v for name, v in carried.items() if v is not None}
         self._seam.given_BTD = trunk_out_BTD
         try:
             with (

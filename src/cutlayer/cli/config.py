@@ -23,6 +23,12 @@ from cutlayer.errors import ConfigError
 __all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
 
 
+# What `cli/privacy.py` makes defenses, a ledger and a transcript of.
+_NOT_FOR_CONNECT = (
+    "privacy_profile", "privacy", "defenses", "ledger", "budget", "budget_raised_by", "transcript",
+)  # fmt: skip
+
+
 @dataclass(frozen=True)
 class SplitConfig:
     """Our keys, without their prefix."""
@@ -45,8 +51,22 @@ class SplitConfig:
     """How activations and gradients are written on the wire."""
     chunks: int = 1
     """Micro-chunks of a training batch."""
-    train: list[str] = field(default_factory=lambda: ["bottom", "trunk", "top"])
-    """Parts on which the LoRA is."""
+    train: list[str] | None = None
+    """Parts on which the LoRA is; by default all that the privacy profile allows."""
+    privacy_profile: str = "open"
+    """`open`, `empirical`, `forward_only`, `formal` or `attested`."""
+    privacy: dict[str, Any] = field(default_factory=dict)
+    """Parameters of the profile's defenses: clip, epsilon, delta, planned, nsr, …"""
+    defenses: list[dict[str, Any]] = field(default_factory=list)
+    """Defenses by name with their parameters, in place of the profile's."""
+    ledger: str | None = None
+    """Where releases are booked; beside the data set by default."""
+    budget: float | None = None
+    """Epsilon that each record may spend in all; that of the defense by default."""
+    budget_raised_by: str | None = None
+    """Who decided on a budget above the one that the ledger holds."""
+    transcript: int = 0
+    """How many sequences to record for the audit of the run."""
     gradient_checkpointing: bool = False
     """The trunk keeps layer inputs only."""
     run: str | None = None
@@ -204,10 +224,14 @@ def lora_of(run: Run) -> Any:
 
 def connect_settings(run: Run) -> dict[str, Any]:
     """Return the keyword arguments of `connect` for a run."""
-    split = dataclasses.asdict(run.split)
+    from cutlayer.cli.privacy import defenses_of, parts_of
+
+    split = {k: v for k, v in dataclasses.asdict(run.split).items() if k not in _NOT_FOR_CONNECT}
     folder = re.sub(r"[^A-Za-z0-9._-]", "-", Path(run.sft.output_dir).resolve().name)
     return {
         **split,
+        "train": parts_of(run),
+        "defenses": defenses_of(run),
         "run": run.split.run or folder.lstrip("._-")[:64] or None,
         "model": run.model.model_name_or_path,
         "revision": None if run.model.model_revision == "main" else run.model.model_revision,

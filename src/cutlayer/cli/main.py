@@ -21,6 +21,7 @@ VERBS = {
     "preview": "show what a run would train on, send and need; nothing is sent",
     "doctor": "check server, certificates, versions, weights, cut and link before a run",
     "train": "fine-tune through the split",
+    "audit": "measure what the server can read of one's own data; nothing is sent",
     "merge": "write a run's adapter as one ordinary PEFT folder",
     "generate": "generate text through the split",
 }
@@ -97,7 +98,9 @@ def _overrides(
 def _missing_extra(error: ModuleNotFoundError, verb: str) -> CutlayerError:
     from cutlayer.errors import ConfigError
 
-    extra = "server" if verb == "serve" else "train"
+    extra = {"serve": "server", "audit": "train,audit,dp"}.get(verb, "train")
+    if error.name in ("scipy", "dp_accounting", "opacus"):
+        extra = "dp" if verb != "audit" else extra
     return ConfigError(
         f"'cutlayer {verb}' needs the package '{error.name}', which is not installed: run "
         f"pip install 'cutlayer[{extra}]'"

@@ -46,7 +46,7 @@ def _tokenized(settings: Run) -> tuple[list[list[tuple[str, bool]]], list[dict[s
     tokenizer = load_tokenizer(settings)
     data = load_split(settings, settings.data.dataset_train_split)
     if settings.split.task == "causal-lm":
-        rows = list(_prepared(settings, data, tokenizer))
+        rows = list(prepared(settings, data, tokenizer))
     else:
         rows = [_encoded(settings, tokenizer, row["text"]) for row in data]
     samples = [
@@ -59,7 +59,7 @@ def _tokenized(settings: Run) -> tuple[list[list[tuple[str, bool]]], list[dict[s
     return samples, rows
 
 
-def _prepared(settings: Run, data: Any, tokenizer: Any) -> Any:
+def prepared(settings: Run, data: Any, tokenizer: Any) -> Any:
     """Have TRL's trainer itself prepare the data, around a model of a few kilobytes."""
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer

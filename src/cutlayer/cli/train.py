@@ -75,10 +75,11 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     from transformers import PrinterCallback, ProgressCallback
 
     from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
+    from cutlayer.cli.privacy import ledger_of, transcript_of
     from cutlayer.cli.progress import LiveProgress
     from cutlayer.client.model import connect
     from cutlayer.client.training import attach
-    from cutlayer.split.loading import open_checkpoint
+    from cutlayer.split.loading import open_checkpoint, skeleton_of
 
     settle(threads)
     disable_progress_bar()
@@ -93,8 +94,16 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     if str(settings.sft.eval_strategy) not in ("no", "IntervalStrategy.NO"):
         held_out = load_split(settings, settings.data.dataset_test_split)
     tokenizer = load_tokenizer(settings)
-    extra = _classes_of(settings, data)
-    model = connect(**connect_settings(settings), **extra)
+    given = connect_settings(settings) | _classes_of(settings, data)
+    layers = skeleton_of(checkpoint.config, given["task"]).anatomy.num_layers
+    ledger = ledger_of(settings, given["defenses"], len(data))
+    transcript = transcript_of(settings, given, checkpoint, layers)
+    try:
+        model = connect(**given, ledger=ledger, transcript=transcript)
+    except BaseException:
+        if ledger is not None:
+            ledger.close()
+        raise
     try:
         trainer = _trainer(settings, model, tokenizer, data, held_out)
         if settings.split.task == "causal-lm":

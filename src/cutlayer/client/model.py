@@ -184,8 +184,11 @@ class SplitModel:
             self.connection.request(pb.Head(import_adapter=pb.ImportAdapter()), trunk).wait()
 
     def close(self) -> None:
-        """Give the session back."""
+        """Give the session back, and let another process have the ledger."""
         self.connection.close()
+        ledger = self.remote_trunk.departures.ledger
+        if ledger is not None:
+            ledger.close()
 
     def __enter__(self) -> Any:
         return self

@@ -1,0 +1,339 @@
+"""`cutlayer audit`: what the server can read, measured on one's own data; nothing is sent."""
+
+from __future__ import annotations
+
+import argparse
+import datetime
+import json
+import sys
+from collections.abc import Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from cutlayer.cli.config import Run, connect_settings, read_run
+from cutlayer.cli.main import add_format, report, settle
+from cutlayer.errors import ConfigError, DataError, StorageError
+
+_NOT_MEASURED = (
+    "lengths, timing, padding and who takes part: the server sees them whatever the defense",
+    "attacks that will be found later, and attackers who know more than the public weights",
+    "a joint reading of all positions, which may do better than one position after the other",
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    add = parser.add_argument
+    add("--config", help="the run's YAML, before training; --key value overrides")
+    add("--run", help="a run's output_dir, trained with split_transcript above 0")
+    add("--output", default="audit", help="folder of audit.json and audit.html (default: audit)")
+    add("--samples", type=int, default=64, help="sequences to attack (default: 64)")
+    add("--tokens", type=int, default=32, help="tokens of each that A1 reads (default: 32)")
+    add("--attacks", default="A1,A4", help="of A1, A2, A4, A5 (default: A1,A4)")
+    add("--public_text", help="JSON lines with 'text', or plain lines: not your data; for A2")
+    add("--prior", choices=("model", "none"), default="none", help="guess with the whole model too")
+    add("--show", type=int, default=2, help="sequences to show in the report (default: 2)")
+    add("--redact", action="store_true", help="show which tokens were read, not what they are")
+    add("--frontiers", action="store_true", help="repeat A1 by depth, codec and noise: slow")
+    add("--threads", type=int, help="CPU threads (default: torch's choice)")
+    add_format(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Attack and report."""
+    if bool(args.config) == bool(args.run):
+        raise ConfigError("name one of --config (before training) and --run (after it)")
+    if args.samples < 1 or args.tokens < 2:
+        raise ConfigError("--samples must be at least 1 and --tokens at least 2")
+    settle(args.threads)
+    from cutlayer.audit.report import verdict_lines, write_report
+
+    audit = _audit_of_config(args) if args.config else _audit_of_run(args)
+    folder = Path(args.output)
+    write_report(audit, folder / "audit.html")
+    kept = {name: value for name, value in audit.items() if name != "samples"}
+    try:
+        (folder / "audit.json").write_text(json.dumps(kept, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(
+            f"'{folder / 'audit.json'}' could not be written ({error.strerror}): free space or "
+            "name another --output"
+        ) from error
+    lines = [*verdict_lines(audit), f"the report is {folder / 'audit.html'}"]
+    report(args.format, kept, "\n".join(lines))
+    return 0
+
+
+def _tell(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def _audit_of_config(args: argparse.Namespace) -> dict[str, Any]:
+    """Attack what the run's first steps would send."""
+    from datasets.utils.logging import disable_progress_bar
+
+    from cutlayer.audit.public import PublicModel
+    from cutlayer.audit.traffic import made_here
+    from cutlayer.cli.data import load_tokenizer
+
+    disable_progress_bar()
+    settings = read_run(args.config, args.overrides)
+    given = connect_settings(settings)
+    _refuse_encoders(given["task"])
+    tokenizer = load_tokenizer(settings)
+    rows = _rows_of(settings, tokenizer, args.samples)
+    public = PublicModel.load(
+        given["model"],
+        bottom_layers=given["bottom_layers"],
+        top_layers=given["top_layers"],
+        revision=given["revision"],
+    )
+    trains = set(given["train"])
+    departures = made_here(
+        public,
+        rows,
+        batch=settings.sft.per_device_train_batch_size,
+        trunk=_trunk_of(given),
+        defenses=given["defenses"],
+        codec=given["codec"],
+        gradients=bool(trains & {"bottom", "trunk"}),
+    )
+    facts = {
+        "model": given["model"],
+        "revision": given["revision"] or "",
+        "cut": str(public.cut),
+        "codec": given["codec"],
+        "defense": _named(given["defenses"]),
+        "source": "samples",
+    }
+    return _audit(args, public, departures, tokenizer, facts, given["defenses"])
+
+
+def _audit_of_run(args: argparse.Namespace) -> dict[str, Any]:
+    """Attack what a run really sent."""
+    from transformers import AutoTokenizer
+
+    from cutlayer.audit.public import PublicModel
+    from cutlayer.privacy.defenses import defense_of
+    from cutlayer.privacy.transcript import read_transcript
+
+    facts, departures = read_transcript(Path(args.run) / "transcript")
+    _refuse_encoders(facts["task"])
+    lower, upper, layers = facts["lower"], facts["upper"], facts["num_layers"]
+    public = PublicModel.load(
+        facts["model"],
+        bottom_layers=lower,
+        top_layers=layers - upper,
+        revision=facts["revision"] or None,
+    )
+    defenses = [defense_of(**params) for params in facts["defenses"]]
+    told = {
+        "model": facts["model"],
+        "revision": facts["revision"],
+        "cut": f"{lower}:{upper}",
+        "codec": facts["codec"],
+        "defense": _named(defenses),
+        "source": "transcript",
+    }
+    taken, count = [], 0
+    for departure in departures:
+        if count >= args.samples:
+            break
+        taken.append(departure)
+        count += len(departure.smashed_BTD)
+    if not taken:
+        raise DataError(f"the transcript of '{args.run}' is empty: no step was recorded")
+    tokenizer = AutoTokenizer.from_pretrained(facts["model"])
+    return _audit(args, public, taken, tokenizer, told, defenses)
+
+
+def _audit(
+    args: argparse.Namespace,
+    public: Any,
+    departures: Sequence[Any],
+    tokenizer: Any,
+    facts: dict[str, Any],
+    defenses: Sequence[Any],
+) -> dict[str, Any]:
+    from cutlayer.audit.battery import Evidence, calibrate, channel_of, controls, run_attacks
+    from cutlayer.privacy.guarantee import guarantee
+
+    noise = next((d for d in defenses if d.site == "lower cut"), None)
+    evidence = Evidence.of(
+        public,
+        departures,
+        tokens=args.tokens,
+        public_rows=_public_rows(args.public_text, tokenizer, args.tokens),
+        prior=_prior_of(facts["model"]) if args.prior == "model" else None,
+        defend=noise.apply if noise is not None else None,
+        sigma=_sigma_of(noise, departures),
+    )
+    _tell("calibrating on public text")
+    calibration = calibrate(evidence)
+    found_controls = controls(evidence)
+    findings = run_attacks(evidence, args.attacks.split(","), _tell)
+    sends_gradients = any(d.gradient_BTD is not None for d in departures)
+    gradients = channel_of("gradients", findings)
+    if not sends_gradients:
+        gradients |= {"verdict": "not sent", "sentence": "No gradient leaves the client."}
+    undefended = [
+        channel
+        for channel, sent in (("activations", True), ("gradients", sends_gradients))
+        if sent and not any(d.channel == channel and d.formal for d in defenses)
+    ]
+    return {
+        "format": 1,
+        "run": {
+            **facts,
+            "version": version("cutlayer"),
+            "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+            "sequences": len(evidence.texts),
+        },
+        "calibration": calibration,
+        "controls": found_controls,
+        "channels": [channel_of("activations", findings), gradients],
+        "recovery": _recoveries(evidence, facts, _tell) if args.frontiers else [],
+        "samples": _samples(findings, tokenizer, show=args.show, redact=args.redact),
+        "guarantee": {
+            **guarantee([], delta=None, undefended=undefended),
+            "against": "the server",
+        },
+        "not_measured": [*_NOT_MEASURED],
+    }
+
+
+def _refuse_encoders(task: str) -> None:
+    if task != "causal-lm":
+        raise ConfigError(
+            f"'cutlayer audit' attacks language models and this run's task is {task}: call the "
+            "attacks of cutlayer.audit on its tensors"
+        )
+
+
+def _rows_of(settings: Run, tokenizer: Any, count: int) -> list[tuple[Any, Any]]:
+    """Return the first samples as (ids, labels), tokenized as the trainer will."""
+    import torch
+
+    from cutlayer.cli.data import load_split
+    from cutlayer.cli.preview import prepared
+
+    data = load_split(settings, settings.data.dataset_train_split)
+    data = data.select(range(min(count, len(data))))
+    return [
+        (torch.tensor(row["input_ids"]), torch.tensor(row.get("labels") or row["input_ids"]))
+        for row in prepared(settings, data, tokenizer)
+    ]
+
+
+def _trunk_of(given: dict[str, Any]) -> Any:
+    """Return the layers between: the server has them, so its attack on the labels has them too."""
+    import torch
+
+    from cutlayer.split.cut import Cut, Trunk
+    from cutlayer.split.loading import load_trunk, open_checkpoint, skeleton_of
+
+    checkpoint = open_checkpoint(given["model"], revision=given["revision"])
+    skeleton = skeleton_of(checkpoint.config, given["task"])
+    cut = Cut.leaving(
+        bottom_layers=given["bottom_layers"],
+        top_layers=given["top_layers"],
+        num_layers=skeleton.anatomy.num_layers,
+    )
+    model = load_trunk(checkpoint, skeleton, cut, dtype=torch.float32)
+    return Trunk(model.eval().requires_grad_(False), skeleton.anatomy, cut)
+
+
+def _prior_of(model: str) -> Any:
+    """Return the public model's own guess at the next token; it loads the whole model."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    start = whole.config.bos_token_id or 0
+
+    @torch.no_grad()
+    def prior(before_T: Any) -> Any:
+        ids_T = torch.cat([torch.tensor([start]), before_T]) if len(before_T) == 0 else before_T
+        return whole(input_ids=ids_T[None]).logits[0, -1].log_softmax(-1)
+
+    return prior
+
+
+def _sigma_of(defense: Any, departures: Sequence[Any]) -> float:
+    """Return the standard deviation of the noise, which an attacker is told."""
+    if defense is None:
+        return 0.0
+    params = defense.describe()
+    if "clip" in params:
+        return float(params["sigma"] * params["clip"])
+    strength = float(params.get("nsr", 0.0))
+    # The noise is part of what was received: rms^2 = signal^2 (1 + nsr^2).
+    received = float(departures[0].smashed_BTD.square().mean().sqrt())
+    return received * strength / (1 + strength**2) ** 0.5
+
+
+def _named(defenses: Sequence[Any]) -> str:
+    return ", ".join(defense.name for defense in defenses) or "none"
+
+
+def _public_rows(path: str | None, tokenizer: Any, tokens: int) -> list[tuple[Any, Any]]:
+    """Return public texts as (ids, ids)."""
+    import torch
+
+    file = Path(path) if path else Path(__file__).parents[1] / "audit" / "public_text.txt"
+    try:
+        lines = file.read_text().splitlines()
+        if file.suffix == ".jsonl":
+            lines = [str(json.loads(line)["text"]) for line in lines if line.strip()]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise DataError(
+            f"--public_text '{file}' cannot be read ({error}): give JSON lines with 'text', or a "
+            "text file"
+        ) from error
+    texts = [line for line in lines if line.strip()][:4096]
+    ids = [tokenizer(text)["input_ids"][:tokens] for text in texts]
+    return [(torch.tensor(i), torch.tensor(i)) for i in ids if len(i) > 1]
+
+
+def _samples(
+    findings: Sequence[Any], tokenizer: Any, *, show: int, redact: bool
+) -> list[dict[str, Any]]:
+    """Return the first sequences of each channel's strongest attack, token by token."""
+    from cutlayer.audit.finding import worst
+
+    shown = []
+    for channel in ("activations", "gradients"):
+        decides = worst([finding for finding in findings if finding.channel == channel])
+        if decides is None:
+            continue
+        for recovered in decides.recovered[:show]:
+            shown.append(
+                {
+                    "channel": channel,
+                    "attack": decides.attack,
+                    "redacted": redact,
+                    "tokens": [
+                        {
+                            "truth": None if redact else tokenizer.decode([truth]),
+                            "guess": None if redact else tokenizer.decode([max(guess, 0)]),
+                            "hit": truth == guess,
+                        }
+                        for truth, guess in zip(recovered.truth, recovered.guess, strict=True)
+                    ],
+                }
+            )
+    return shown
+
+
+def _recoveries(evidence: Any, facts: dict[str, Any], tell: Any) -> list[dict[str, Any]]:
+    from cutlayer.audit.frontiers import by_codec, by_depth, by_noise
+
+    rows = [(text.ids_T, text.ids_T) for text in evidence.texts[:8]]
+    lower = int(facts["cut"].partition(":")[0])
+    tell("A1 again by cut depth, codec and noise")
+    return [
+        by_depth(facts["model"], rows, sorted({0, lower, 2 * lower, 4 * lower} - {0})),
+        by_codec(evidence.public, evidence.table, rows),
+        by_noise(evidence.public, evidence.table, rows, evidence.prior),
+    ]

@@ -1,0 +1,125 @@
+"""From `split_privacy_profile` and its like to defenses, a ledger and a transcript."""
+
+from __future__ import annotations
+
+import inspect
+from pathlib import Path
+from typing import Any
+
+from cutlayer.cli.config import Run
+from cutlayer.errors import AttestationFailed, ConfigError
+
+__all__ = ["defenses_of", "ledger_of", "parts_of", "transcript_of"]
+
+
+def defenses_of(run: Run) -> list[Any]:
+    """Return the defenses of a run: those of its profile, or those that it names itself.
+
+    Raises:
+        ConfigError: If a name or a parameter makes no sense, or a part is trained that the profile
+            does not allow.
+        AttestationFailed: If the profile asks for evidence, which no server offers yet.
+    """
+    from cutlayer.privacy.defenses import DEFENSES, defense_of
+    from cutlayer.privacy.profiles import profile_of
+
+    split = run.split
+    profile = profile_of(split.privacy_profile, split.privacy)
+    if profile.attestation:
+        raise AttestationFailed(
+            f"split_privacy_profile '{profile.name}' sends nothing before the server's evidence "
+            "was verified, and this server offers none: use another profile, or gate your own "
+            "connection with cutlayer.privacy.attestation"
+        )
+    parts_of(run)
+    asked = [dict(params) for params in (split.defenses or profile.defenses.values())]
+    left = dict(split.privacy)
+    made = []
+    for params in asked:
+        name = str(params.pop("name", ""))
+        takes = inspect.signature(DEFENSES[name]).parameters if name in DEFENSES else {}
+        made.append(defense_of(name, **params, **{k: left[k] for k in takes if k in left}))
+        left = {k: v for k, v in left.items() if k not in takes}
+    if left:
+        raise ConfigError(
+            f"split_privacy has {', '.join(left)}, which no defense of this run takes: leave it "
+            "out, or choose another profile"
+        )
+    if split.transcript < 0:
+        raise ConfigError(f"split_transcript = {split.transcript} must be 0 or more sequences")
+    return made
+
+
+def parts_of(run: Run) -> list[str]:
+    """Return the parts that get a LoRA: the run's own choice within what its profile allows.
+
+    Raises:
+        ConfigError: If the profile does not allow them.
+    """
+    from cutlayer.privacy.profiles import profile_of
+
+    allowed = profile_of(run.split.privacy_profile).train
+    if run.split.train is None:
+        return list(allowed)
+    beyond = [part for part in run.split.train if part not in allowed]
+    if beyond:
+        raise ConfigError(
+            f"split_privacy_profile '{run.split.privacy_profile}' trains {', '.join(allowed)} only "
+            f"and split_train asks for {', '.join(beyond)}: leave split_train out"
+        )
+    return run.split.train
+
+
+def ledger_of(run: Run, defenses: list[Any], records: int) -> Any:
+    """Return the ledger of a run's data set, `None` if nothing formal is released.
+
+    It stands beside a local data set and not in the run's folder: another run on the same data
+    spends the same budget.
+    """
+    from cutlayer.privacy.ledger import Ledger
+
+    formal = [defense for defense in defenses if defense.formal and hasattr(defense, "epsilon")]
+    if not formal:
+        return None
+    name = str(run.data.dataset_name)
+    home = Path(f"{name}.ledger.jsonl")
+    path = home if Path(name).exists() else Path(run.sft.output_dir) / "ledger.jsonl"
+    return Ledger(
+        Path(run.split.ledger or path),
+        epsilon=run.split.budget or formal[0].epsilon,
+        delta=formal[0].delta,
+        records=records,
+        raised_by=run.split.budget_raised_by or "",
+    )
+
+
+def transcript_of(run: Run, given: dict[str, Any], checkpoint: Any, num_layers: int) -> Any:
+    """Return the writer of a run's transcript, `None` if none is wanted."""
+    from cutlayer.privacy.transcript import TranscriptWriter
+
+    if not run.split.transcript:
+        return None
+    facts = {
+        "model": given["model"],
+        "revision": checkpoint.revision,
+        "task": given["task"],
+        "num_layers": num_layers,
+        "lower": given["bottom_layers"],
+        "upper": num_layers - given["top_layers"],
+        "codec": given["codec"],
+        "dtype": given["dtype"],
+        "profile": run.split.privacy_profile,
+        "train": parts_of(run),
+        "defenses": [_parameters(defense) for defense in given["defenses"]],
+    }
+    folder = Path(run.sft.output_dir) / "transcript"
+    return TranscriptWriter(folder, facts, sequences=run.split.transcript)
+
+
+def _parameters(defense: Any) -> dict[str, Any]:
+    """Return what makes the same defense again."""
+    from cutlayer.privacy.defenses import DEFENSES
+
+    facts = defense.describe()
+    takes = inspect.signature(DEFENSES[defense.name]).parameters
+    return {"name": defense.name, **{k: v for k, v in facts.items() if k in takes}}

@@ -1,0 +1,182 @@
+"""`cutlayer audit`, before a run and on what a run really sent."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer.cli.main import main
+from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
+from tests.site import Site
+from tests.tokens import dataset
+
+
+@pytest.fixture
+def prepared(llama: Site, folder_of: Any, tmp_path: Path) -> Any:
+    """A run's YAML over a served model, its samples, and public text beside it."""
+    model = saved_tiny(folder_of, tmp_path, "llama")
+    write_rows(tmp_path, [{"text": text} for text in dataset(12)["text"]])
+    write_rows(tmp_path, [{"text": text} for text in dataset(24, seed=9)["text"]], "public.jsonl")
+
+    def config(**settings: Any) -> str:
+        asked = {
+            "split_ca": str(llama.certs / "ca.pem"),
+            "split_cert": None,
+            "split_key": None,
+            "split_bottom_layers": 2,
+            **settings,
+        }
+        return str(write_run(tmp_path, model, llama.server.port, **asked))
+
+    return config
+
+
+def audited(folder: Path, *words: str) -> dict[str, Any]:
+    """Run the command, and return what it wrote."""
+    asked = ["audit", *words, "--output", str(folder / "audit"), "--samples", "8", "--tokens", "12"]
+    assert main([*asked, "--public_text", str(folder / "public.jsonl")]) == 0
+    found: dict[str, Any] = json.loads((folder / "audit" / "audit.json").read_text())
+    return found
+
+
+def test_before_a_run_the_text_is_plaintext(prepared: Any, tmp_path: Path, capsys: Any):
+    """Without a defense both channels are plaintext, the checks pass, and the report says so."""
+    audit = audited(tmp_path, "--config", prepared(), "--attacks", "A1,A4,A5")
+
+    verdicts = {channel["channel"]: channel["verdict"] for channel in audit["channels"]}
+    assert verdicts == {"activations": "plaintext", "gradients": "plaintext"}
+    assert audit["calibration"]["trr"] == 1.0
+    assert all(control["passed"] for control in audit["controls"])
+    assert audit["guarantee"]["guarantee"] == "no formal guarantee"
+    page = (tmp_path / "audit" / "audit.html").read_text()
+    assert "plaintext" in page
+    assert "no formal guarantee" in page
+    assert "samples" not in audit
+    lines = capsys.readouterr().out.splitlines()
+    assert len([line for line in lines if "plaintext" in line]) == 2
+
+
+def test_what_a_run_sent_is_audited(prepared: Any, tmp_path: Path):
+    """The transcript of a run, codec and trained adapter included, is attacked."""
+    config = prepared(split_transcript=6, split_codec="bf16", max_steps=2, learning_rate=1e-4)
+    assert main(["train", "--config", config]) == 0
+
+    audit = audited(tmp_path, "--run", str(tmp_path / "out"))
+
+    assert audit["run"]["source"] == "transcript"
+    assert audit["run"]["codec"] == "bf16"
+    assert audit["run"]["sequences"] == 4
+    found = {channel["channel"]: channel["findings"][0]["trr"] for channel in audit["channels"]}
+    assert found["activations"] > 0.9
+    assert found["gradients"] > 0.9
+
+
+def test_forward_only_sends_no_gradient(prepared: Any, tmp_path: Path):
+    """In the profile `forward_only` a run trains its top, and no gradient leaves."""
+    config = prepared(split_transcript=4, split_privacy_profile="forward_only", max_steps=2)
+    assert main(["train", "--config", config]) == 0
+
+    assert not list((tmp_path / "out" / "transcript").glob("*-gradient.safetensors"))
+    audit = audited(tmp_path, "--run", str(tmp_path / "out"))
+    assert audit["channels"][1]["verdict"] == "not sent"
+
+
+@pytest.mark.parametrize("damage", ["a tensor", "a line", "the end"])
+def test_an_altered_transcript_is_refused(prepared: Any, tmp_path: Path, damage: str, capsys: Any):
+    """One changed bit, one changed line or a missing end, and the audit says so."""
+    assert main(["train", "--config", prepared(split_transcript=4, max_steps=1)]) == 0
+    folder = tmp_path / "out" / "transcript"
+    index = folder / "index.jsonl"
+    if damage == "a tensor":
+        file = next(folder.glob("*-activations.safetensors"))
+        body = bytearray(file.read_bytes())
+        body[-1] ^= 1
+        file.write_bytes(body)
+    elif damage == "a line":
+        index.write_text(index.read_text().replace('"step": 0', '"step": 1', 1))
+    else:
+        index.write_text("".join(index.read_text().splitlines(keepends=True)[:-2]))
+
+    words = ["audit", "--run", str(tmp_path / "out"), "--output", str(tmp_path / "audit")]
+    assert one_sentence(words, capsys, "cut off or altered") == 3
+    assert not (tmp_path / "audit" / "audit.html").exists()
+
+
+BAD = {
+    "both": (["--config", "run.yaml", "--run", "out"], "name one of"),
+    "neither": ([], "name one of"),
+    "no transcript": (["--run", "nowhere"], "holds no transcript"),
+    "no samples": (["--run", "out", "--samples", "0"], "at least 1"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_a_bad_call_ends_in_one_sentence(name: str, capsys: Any):
+    """Each says what to name."""
+    words, told = BAD[name]
+
+    assert one_sentence(["audit", *words], capsys, told) in (2, 3)
+
+
+PROFILES = {
+    "unknown": ({"split_privacy_profile": "opne"}, "did you mean open"),
+    "a part that it forbids": (
+        {"split_privacy_profile": "forward_only", "split_train": ["trunk"]},
+        "trains top only",
+    ),
+    "an epsilon that it has not": (
+        {"split_privacy_profile": "empirical", "split_privacy": {"epsilon": 8.0}},
+        "which has none",
+    ),
+    "a formal one without numbers": ({"split_privacy_profile": "formal"}, "needs clip"),
+    "evidence that nobody offers": ({"split_privacy_profile": "attested"}, "offers none"),
+    "a refused defense": (
+        {"split_defenses": [{"name": "rotation"}]},
+        "not offered as a defense",
+    ),
+    "delta beyond 1/n": (
+        {
+            "split_privacy_profile": "formal",
+            "split_privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 0.5, "planned": 4},
+        },
+        "delta",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", PROFILES)
+def test_a_profile_that_makes_no_sense_is_refused(
+    name: str, prepared: Any, tmp_path: Path, capsys: Any
+):
+    """Before anything is sent, in one sentence."""
+    settings, told = PROFILES[name]
+    config = prepared(**settings)
+
+    assert one_sentence(["train", "--config", config], capsys, told) in (2, 9)
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_spent_budget_sends_nothing_more(prepared: Any, tmp_path: Path, capsys: Any):
+    """In the profile `formal` a second epoch on a budget for one is refused, in any run."""
+    settings = {
+        "split_privacy_profile": "formal",
+        "split_privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 1e-3, "planned": 1},
+        "max_steps": 20,
+    }
+    words = ["train", "--config", prepared(**settings)]
+    ledger = tmp_path / "train.jsonl.ledger.jsonl"
+
+    assert one_sentence(words, capsys, "budget") == 9
+    booked = ledger.read_text().count('"release"')
+    assert booked == 12  # each sample once
+
+    assert one_sentence([*words, "--output_dir", str(tmp_path / "two")], capsys, "budget") == 9
+    assert ledger.read_text().count('"release"') == booked
+
+    more = [*words[:2], prepared(**{**settings, "max_steps": 2}), "--split_budget", "20"]
+    assert one_sentence(more, capsys, "") in (2, 9)  # nobody has decided on it
+    assert main([*more, "--split_budget_raised_by", "the data protection officer"]) == 0
+    assert "the data protection officer" in ledger.read_text()
