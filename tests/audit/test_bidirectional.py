@@ -21,11 +21,10 @@ from cutlayer.audit.bidirectional import (
     bidirectional_recovery,
     bisr,
     embedding_inversion,
-    embedding_table,
     gradient_matching,
-    replay,
     smashed_matching,
 )
+from cutlayer.audit.embedding import embedding_table, replay
 from cutlayer.audit.inverter import InverterSettings, learned_inversion, train_inverter
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import ConfigError, DataError
@@ -116,7 +115,7 @@ def test_embedding_inversion_needs_no_start_at_all(small: PublicModel, sent: Mes
 
 
 def test_backward_matching_gives_the_labels_back(small: PublicModel, sent: Messages):
-    """BiSR(b) repairs a start in which half is wrong, and TAG needs none; but for the first token."""
+    """BiSR(b) repairs a start that is half wrong, TAG needs none; neither gives the first token."""
     start_T = torch.where(torch.arange(TOKENS) % 2 == 0, sent.ids_T, 7)
     start_TV = 8.0 * one_hot(start_T, small.vocabulary)
     messages = (sent.trunk_out_TD, sent.gradient_TD)
@@ -171,7 +170,7 @@ def test_noise_in_place_of_messages_is_read_at_chance(small: PublicModel, sent: 
 
 
 def test_each_stage_improves_on_a_poor_inverter(small: PublicModel):
-    """Published order, in kind: BiSR(b+f) and (f) read no less than the inverter they start from."""
+    """Published order, in kind: BiSR(b+f) and (f) read more than the inverter they start from."""
     aux = list(random_ids(small.vocabulary, 60, TOKENS, seed=8))
     inverter = train_inverter(small, aux, settings=InverterSettings(epochs=1, width=32))
     truth = list(random_ids(small.vocabulary, 2, TOKENS, seed=9))
@@ -203,7 +202,7 @@ def test_settings_are_the_published_ones():
 
 
 def test_what_cannot_be_matched_is_refused_in_one_sentence(small: PublicModel, sent: Messages):
-    """A stage without its message, an unknown stage, a vain descent and unlike texts end in errors."""
+    """A stage without its message, an unknown one, a vain descent and unlike texts are refused."""
     start_TV = one_hot(sent.ids_T, small.vocabulary).float()
     inverter: Any = None
     cases: list[tuple[type[Exception], Any]] = [

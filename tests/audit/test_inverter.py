@@ -103,7 +103,7 @@ def test_in_domain_wordings_are_read_back():
     finding = learned_inversion(inverter, sent_of(public, held), held)
 
     assert finding.rouge["L"] >= 0.7
-    assert finding.trr <= finding.extra["known_tokens_share"]  # it knows no other tokens
+    assert finding.trr <= finding.extra["seen_tokens_share"]  # it knows no other tokens
     assert finding.prior_trr < 0.05
 
 
@@ -245,7 +245,7 @@ def test_logits_are_over_the_whole_vocabulary(small: Any, texts: Any):
     logits_BTV = inverter.logits(smashed_BTD)
 
     assert logits_BTV.shape == (1, len(texts[0]), small.vocabulary)
-    assert int(logits_BTV[0, 0].isfinite().sum()) == len(inverter.tokens_K) <= 64
+    assert int(logits_BTV[0, 0].isfinite().sum()) == len(inverter.seen_K) <= 64
     assert torch.equal(logits_BTV.argmax(-1), invert(inverter, smashed_BTD))
 
 

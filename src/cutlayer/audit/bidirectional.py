@@ -15,9 +15,8 @@ References:
 
 from __future__ import annotations
 
-import contextlib
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal
 
@@ -25,6 +24,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import cosine_similarity, cross_entropy
 
+from cutlayer.audit.embedding import embedding_table, replay
 from cutlayer.audit.finding import Finding, Recovered
 from cutlayer.audit.inverter import Inverter
 from cutlayer.audit.metrics import finding_of
@@ -39,9 +39,7 @@ __all__ = [
     "bidirectional_recovery",
     "bisr",
     "embedding_inversion",
-    "embedding_table",
     "gradient_matching",
-    "replay",
     "smashed_matching",
 ]
 
@@ -321,33 +319,3 @@ def _adamw(guess: Tensor, descent: Descent) -> torch.optim.Optimizer:
 def _step(optimizer: torch.optim.Optimizer, guess: Tensor, loss: Tensor) -> None:
     (guess.grad,) = torch.autograd.grad(loss, guess)
     optimizer.step()
-
-
-def embedding_table(public: PublicModel) -> Tensor:
-    """Return what the embedding gives for each token, with a family's own factor, (V, D)."""
-    with torch.no_grad():
-        table_VD: Tensor = _embedding_of(public)(
-            torch.arange(public.vocabulary, device=public.device)
-        )
-    return table_VD
-
-
-def replay(public: PublicModel, embedded_TD: Tensor) -> Tensor:
-    """Return what the bottom sends if the embedding gives these rows, (T, D)."""
-    ids_BT = torch.zeros(1, len(embedded_TD), dtype=torch.long, device=public.device)
-    with _embedding_gives(public, embedded_TD[None]):
-        return public.bottom(ids_BT)[0]
-
-
-@contextlib.contextmanager
-def _embedding_gives(public: PublicModel, embedded_BTD: Tensor) -> Iterator[None]:
-    # The family's own forward runs, so position tables and factors behind the embedding hold.
-    handle = _embedding_of(public).register_forward_hook(lambda *_: embedded_BTD)
-    try:
-        yield
-    finally:
-        handle.remove()
-
-
-def _embedding_of(public: PublicModel) -> Any:
-    return public._ends.get_input_embeddings()

@@ -7,6 +7,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -29,9 +30,7 @@ class Prefix:
         ids: The tokens.
     """
 
-    def __init__(
-        self, public: PublicModel, ids: tuple[int, ...] = (), cache: object | None = None
-    ) -> None:
+    def __init__(self, public: PublicModel, ids: tuple[int, ...] = (), cache: Any = None) -> None:
         self.ids = ids
         self._public = public
         # A bottom of embeddings alone writes nothing into a cache, so positions would stand still.
@@ -51,12 +50,14 @@ class Prefix:
         sent_1D, cache = self._call(torch.tensor([token], device=self._public.device))
         return Prefix(self._public, (*self.ids, token), cache), sent_1D[0]
 
-    def _call(self, tokens_N: Tensor) -> tuple[Tensor, object | None]:
+    def _call(self, tokens_N: Tensor) -> tuple[Tensor, Any]:
         if self._cache is None:
             before_T = torch.tensor(self.ids, dtype=torch.long, device=tokens_N.device)
             ids_NT = torch.cat([before_T.expand(len(tokens_N), -1), tokens_N[:, None]], 1)
             return self._public.bottom(ids_NT)[:, -1], None
-        cache = copy.deepcopy(self._cache)
+        # What a cache holds is replaced when it grows, never written into: a shallow copy is one.
+        cache = copy.copy(self._cache)
+        cache.layers = [copy.copy(layer) for layer in self._cache.layers]
         cache.batch_repeat_interleave(len(tokens_N))
         return self._public.bottom(tokens_N[:, None], cache=cache)[:, -1], cache
 

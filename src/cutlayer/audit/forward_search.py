@@ -112,7 +112,7 @@ def forward_search(
     free, forced, priors = [], [], []
     for number, (rows_TD, ids_T) in enumerate(zip(smashed, truth, strict=True)):
         known = None if prior is None else _Remembering(prior)
-        run = {"prior": known, "table": table}
+        run: dict[str, Any] = {"prior": known, "table": table}
         free.append(run_search(public, rows_TD, settings, truth=None, **run))
         if not free[-1].exact:
             settings = replace(settings, eps=0.0)

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import pad_sequence
 
 from cutlayer.audit.finding import Finding, Recovered
@@ -48,26 +48,25 @@ __all__ = [
 Noise = Callable[[Tensor, float], Tensor]
 """Noise of a given strength on the activations of one text, (1, T, D)."""
 
-_AT_ONCE = 32
+_TEXTS_AT_ONCE = 32
+_POSITIONS_AT_ONCE = 512
 
 
 @dataclass(frozen=True)
 class Inverter:
     """A trained way back from activations to tokens.
 
-    It answers with tokens of the text that it was trained on and no others: that keeps its last
-    layer small where a vocabulary has 49,152, and it bounds what it can recover.
-
     Attributes:
-        network: From activations and a mask to logits of the known tokens.
-        tokens_K: The ids that these logits stand for.
+        network: From activations and a mask to logits of the tokens that its head knows.
+        seen_K: The tokens of the public text. A linear head knows these only, which keeps it small
+            where a vocabulary has 49,152, and bounds what it can recover.
         commonest: The most frequent token of the public text: the best guess without traffic.
         vocabulary: How many tokens the model has.
         facts: How it was trained.
     """
 
-    network: nn.Module
-    tokens_K: Tensor
+    network: GruInverter | MixtureInverter
+    seen_K: Tensor
     commonest: int
     vocabulary: int
     facts: dict[str, Any]
@@ -97,7 +96,7 @@ class Inverter:
         """Return the same for every token, (B, T, V), with -inf for those that are not known."""
         known_BTK = self.known_logits(smashed_BTD, mask_BT)
         logits_BTV = known_BTK.new_full((*known_BTK.shape[:2], self.vocabulary), -torch.inf)
-        logits_BTV[..., self.tokens_K] = known_BTK
+        logits_BTV[..., self.network.head.tokens_K] = known_BTK
         return logits_BTV
 
 
@@ -107,7 +106,14 @@ def invert(inverter: Inverter, smashed_BTD: Tensor, mask_BT: Tensor | None = Non
     Raises:
         DataError: If the activations are not as wide as those that it was trained on.
     """
-    return inverter.tokens_K[inverter.known_logits(smashed_BTD, mask_BT).argmax(-1)]
+    # A row of logits has up to V numbers, so a few texts at a time.
+    rows = max(1, _POSITIONS_AT_ONCE // max(1, smashed_BTD.shape[1]))
+    masks = [None] * -(-len(smashed_BTD) // rows) if mask_BT is None else mask_BT.split(rows)
+    best = [
+        inverter.known_logits(some_BTD, some_BT).argmax(-1)
+        for some_BTD, some_BT in zip(smashed_BTD.split(rows), masks, strict=True)
+    ]
+    return inverter.network.head.tokens_K[torch.cat(best)]
 
 
 def add_gaussian(smashed_BTD: Tensor, strength: float) -> Tensor:
@@ -152,7 +158,7 @@ def train_inverter(
         lesson = Lesson.of(public, aux_texts, labels or aux_texts, defend, settings, seed)
         network = GruInverter(
             lesson.sent_width,
-            len(lesson.tokens_K),
+            lesson.head(public),
             width=settings.width,
             dropout=settings.dropout,
         ).to(public.device)
@@ -219,7 +225,7 @@ def train_mixture(
         lesson = Lesson.of(public, aux_texts, aux_texts, None, settings, seed)
         network = MixtureInverter(
             lesson.sent_width,
-            len(lesson.tokens_K),
+            lesson.head(public),
             len(strengths) + 2,
             width=settings.width,
             dropout=settings.dropout,
@@ -269,28 +275,28 @@ def learned_inversion(
         )
     began = time.perf_counter()
     recovered = []
-    for start in range(0, len(truth), _AT_ONCE):
-        texts = truth[start : start + _AT_ONCE]
-        padded_BTD = pad_sequence([*smashed[start : start + _AT_ONCE]], batch_first=True)
+    for start in range(0, len(truth), _TEXTS_AT_ONCE):
+        texts = truth[start : start + _TEXTS_AT_ONCE]
+        padded_BTD = pad_sequence([*smashed[start : start + _TEXTS_AT_ONCE]], batch_first=True)
         ids_BT = invert(inverter, padded_BTD, mask_of(texts))
         for text_T, ids_T in zip(texts, ids_BT, strict=True):
             guess = tuple(ids_T[: len(text_T)].tolist())
             prior = (inverter.commonest,) * len(guess)
             recovered.append(Recovered(tuple(text_T.tolist()), guess, prior))
-    known = torch.isin(torch.cat([*truth]), inverter.tokens_K.to(truth[0].device))
+    seen = torch.isin(torch.cat([*truth]), inverter.seen_K.to(truth[0].device))
     return finding_of(
         "A2",
         "activations",
         recovered,
         seconds=time.perf_counter() - began,
         params=inverter.facts,
-        extra={"known_tokens_share": float(known.float().mean())},
+        extra={"seen_tokens_share": float(seen.float().mean())},
     )
 
 
 def _learned(
     lesson: Lesson,
-    network: nn.Module,
+    network: GruInverter | MixtureInverter,
     texts: Sequence[Tensor],
     facts: dict[str, Any],
     began: float,
@@ -298,10 +304,11 @@ def _learned(
     facts |= {
         "aux_texts": len(texts),
         "aux_tokens": sum(map(len, texts)),
-        "known_tokens": len(lesson.tokens_K),
+        "seen_tokens": len(lesson.tokens_K),
         "sent_width": lesson.sent_width,
         "train_seconds": time.perf_counter() - began,
         **asdict(lesson.settings),
     }
+    network.head.finish()
     commonest = unigram_prior(text_T.tolist() for text_T in texts)
     return Inverter(network.eval(), lesson.tokens_K, commonest, lesson.vocabulary, facts)

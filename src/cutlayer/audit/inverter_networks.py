@@ -5,14 +5,15 @@ References:
 """
 
 # Shapes:  B batch   T tokens   D width of what is sent   K tokens that are known
-#          H width of the GRUs   E experts   N rows
+#          V vocabulary   H width of the GRUs   E experts   M embedding's width   N rows
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
-__all__ = ["GruInverter", "MixtureInverter"]
+__all__ = ["EmbeddingHead", "GruInverter", "Head", "LinearHead", "MixtureInverter"]
 
 _GATE_HEADS = 4
 
@@ -37,28 +38,94 @@ class _Standardise(nn.Module):
         return (smashed_BTD - self.mean_D) / self.deviation_D
 
 
+class LinearHead(nn.Module):
+    """As published: a linear layer over the tokens of the public text.
+
+    Args:
+        width: Of the states that it reads.
+        tokens_K: The tokens that it can answer with.
+    """
+
+    tokens_K: Tensor
+
+    def __init__(self, width: int, tokens_K: Tensor) -> None:
+        super().__init__()
+        self.register_buffer("tokens_K", tokens_K)
+        self.linear = nn.Linear(width, len(tokens_K))
+
+    def forward(self, states_BTH: Tensor, scaled_BTD: Tensor) -> Tensor:
+        """Return the logits, (B, T, K)."""
+        del scaled_BTD
+        logits_BTK: Tensor = self.linear(states_BTH)
+        return logits_BTK
+
+    def finish(self) -> None:
+        """Do nothing: a token that was not learned has no weights."""
+
+
+class EmbeddingHead(nn.Module):
+    """Say what embedding a token must have had, and compare with the public table.
+
+    What an activation keeps of its token is much the same for all tokens, so tokens that no public
+    text had are read as well. Learned on the tokens that are there, it answers with any.
+
+    Args:
+        width: Of the states that it reads.
+        sent: Width of what is sent, which it reads as well.
+        tokens_K: The tokens of the public text.
+        table_VM: The public embedding.
+    """
+
+    tokens_K: Tensor
+    table_VM: Tensor
+
+    def __init__(self, width: int, sent: int, tokens_K: Tensor, table_VM: Tensor) -> None:
+        super().__init__()
+        centred_VM = table_VM.float() - table_VM.float().mean(0)
+        self.register_buffer("tokens_K", tokens_K)
+        self.register_buffer("table_VM", normalize(centred_VM, dim=-1), persistent=False)
+        self._rows_KM = self.table_VM[tokens_K]
+        self.query = nn.Linear(width + sent, table_VM.shape[-1])
+        self.sharpness = nn.Parameter(torch.ones(()))
+
+    def forward(self, states_BTH: Tensor, scaled_BTD: Tensor) -> Tensor:
+        """Return the logits, (B, T, K)."""
+        query_BTM = self.query(torch.cat([states_BTH, scaled_BTD], -1)) * self.sharpness.exp()
+        logits_BTK: Tensor = query_BTM @ self._rows_KM.T
+        return logits_BTK
+
+    def finish(self) -> None:
+        """From now on, answer with every token."""
+        self.tokens_K = torch.arange(len(self.table_VM), device=self.table_VM.device)
+        self._rows_KM = self.table_VM
+
+
+Head = LinearHead | EmbeddingHead
+
+
 class GruInverter(nn.Module):
-    """One GRU and a linear layer over the known tokens.
+    """One GRU and a head.
 
     Args:
         sent: Width of what is sent.
-        known: How many tokens it can answer with.
+        head: Reads the GRU's states.
         width: Of the GRU.
-        dropout: Between the GRU and the linear layer.
+        dropout: Between the GRU and the head.
     """
 
-    def __init__(self, sent: int, known: int, *, width: int, dropout: float) -> None:
+    def __init__(self, sent: int, head: Head, *, width: int, dropout: float) -> None:
         super().__init__()
         self.scale = _Standardise(sent)
         self.gru = nn.GRU(sent, width, batch_first=True)
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, known)
+        self.head = head
 
     def forward(self, smashed_BTD: Tensor, mask_BT: Tensor) -> Tensor:
         """Return the logits, (B, T, K)."""
         del mask_BT  # padding at the right does not reach back
-        states_BTH, _ = self.gru(self.scale(smashed_BTD))
-        logits_BTK: Tensor = self.head(self.dropout(states_BTH))
+        scaled_BTD = self.scale(smashed_BTD)
+        states_BTH, _ = self.gru(scaled_BTD)
+        logits_BTK: Tensor = self.head(self.dropout(states_BTH), scaled_BTD)
         return logits_BTK
 
 
@@ -70,18 +137,18 @@ class MixtureInverter(nn.Module):
 
     Args:
         sent: Width of what is sent.
-        known: How many tokens it can answer with.
+        head: Reads the GRUs' states, mixed.
         experts: How many GRUs.
         width: Of each.
         dropout: Behind each, and in the gate.
     """
 
-    def __init__(self, sent: int, known: int, experts: int, *, width: int, dropout: float) -> None:
+    def __init__(self, sent: int, head: Head, experts: int, *, width: int, dropout: float) -> None:
         super().__init__()
         self.scale = _Standardise(sent)
         self.experts = nn.ModuleList(nn.GRU(sent, width, batch_first=True) for _ in range(experts))
         self.dropout = nn.Dropout(dropout)
-        self.head = nn.Linear(width, known)
+        self.head = head
         self.gate_in = nn.Linear(sent, width)
         self.gate_attention = nn.MultiheadAttention(
             width, _GATE_HEADS, dropout=dropout, batch_first=True
@@ -99,8 +166,9 @@ class MixtureInverter(nn.Module):
 
     def of_expert(self, expert: int, smashed_BTD: Tensor) -> Tensor:
         """Return the logits of one expert alone, (B, T, K)."""
-        states_BTH, _ = self.experts[expert](self.scale(smashed_BTD))
-        logits_BTK: Tensor = self.head(self.dropout(states_BTH))
+        scaled_BTD = self.scale(smashed_BTD)
+        states_BTH, _ = self.experts[expert](scaled_BTD)
+        logits_BTK: Tensor = self.head(self.dropout(states_BTH), scaled_BTD)
         return logits_BTK
 
     def weights(self, smashed_BTD: Tensor, mask_BT: Tensor) -> Tensor:
@@ -118,5 +186,6 @@ class MixtureInverter(nn.Module):
         scaled_BTD = self.scale(smashed_BTD)
         states_EBTH = torch.stack([self.dropout(gru(scaled_BTD)[0]) for gru in self.experts])
         weights_BE = self.weights(smashed_BTD, mask_BT)
-        logits_BTK: Tensor = self.head(torch.einsum("ebth,be->bth", states_EBTH, weights_BE))
+        mixed_BTH = torch.einsum("ebth,be->bth", states_EBTH, weights_BE)
+        logits_BTK: Tensor = self.head(mixed_BTH, scaled_BTD)
         return logits_BTK

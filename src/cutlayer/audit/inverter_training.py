@@ -5,18 +5,22 @@ References:
 """
 
 # Shapes:  B batch   T tokens   D width of what is sent   K tokens that are known   N rows
+#          V vocabulary   M embedding's width
 
 from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
+from cutlayer.audit.embedding import embedding_table
+from cutlayer.audit.inverter_networks import EmbeddingHead, Head, LinearHead
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import ConfigError, DataError, NotFinite
 
@@ -48,8 +52,11 @@ class InverterSettings:
     """Of Adam."""
     weight_decay: float = 1e-5
     standardise: bool = True
-    """Bring each coordinate to mean 0 and deviation 1 first. The published code does not, and its
-    GRU saturates where the first token's activations are hundreds of times the others'."""
+    """Bring each coordinate to mean 0 and deviation 1 first. The published code does not; where
+    the first token's activations are far larger than all others, that costs some points."""
+    head: Literal["embedding", "linear"] = "embedding"
+    """What reads the GRU: as published a linear layer, which can answer only with the tokens of the
+    public text, or a comparison with the public embedding, which can answer with any."""
     held_out: float = 0.05
     """Share of the public texts on which the best epoch is chosen."""
 
@@ -58,6 +65,7 @@ class InverterSettings:
         counts = ("width", "epochs", "gate_epochs", "joint_epochs", "batch")
         faults = [f"{n} = {getattr(self, n)} (at least 1)" for n in counts if getattr(self, n) < 1]
         faults += [] if self.lr > 0 else [f"lr = {self.lr} (above 0)"]
+        faults += [] if self.head in ("embedding", "linear") else [f"head = '{self.head}'"]
         faults += [] if 0 < self.held_out < 1 else [f"held_out = {self.held_out} (within 0 and 1)"]
         if faults:
             raise ConfigError(f"no inverter can be trained with {', '.join(faults)}")
@@ -130,6 +138,13 @@ class Lesson:
         return cls(
             smashed, targets, held, tokens_K, public.vocabulary, first_TD.shape[-1], settings, seed
         )
+
+    def head(self, public: PublicModel) -> Head:
+        """Return an untrained head for the tokens of these texts."""
+        if self.settings.head == "linear":
+            return LinearHead(self.settings.width, self.tokens_K)
+        table_VM = embedding_table(public)
+        return EmbeddingHead(self.settings.width, self.sent_width, self.tokens_K, table_VM)
 
     def teach(
         self,

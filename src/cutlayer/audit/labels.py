@@ -34,6 +34,7 @@ NO_LABEL = -100
 
 # Rows are solved together up to this many positions: memory grows with them, speed hardly does.
 _POSITIONS_TOGETHER = 512
+_ROUNDING = 1e-5
 # What the rounding of a 16-bit codec may leave unexplained of right labels.
 _PROVEN = 0.02
 
@@ -82,6 +83,8 @@ class _Inversion:
 
         self._grad_BTD = grad_BTD
         self._labelled_BT = labelled_BT
+        # Nothing comes from here nor from any later position, which would pass through here.
+        self._silent_BT = ~(grad_BTD != 0).any(2).int().flip(1).cummax(1).values.flip(1).bool()
         self._pooled = public.pools
         self._derivative = Derivative(value_of, trunk_out_BTD)
         self._metric = metric_of(self._derivative, grad_BTD)
@@ -94,7 +97,7 @@ class _Inversion:
         self.labels_BT = torch.full(value.shape[:2], NO_LABEL, device=value.device)
         self.residual_B = value.new_ones(len(value))
         self.scale = 0.0
-        self.iterations = 0
+        self.iterations = self._bettered = 0
         self.proven_B = torch.zeros(len(value), dtype=torch.bool, device=value.device)
 
     def run(self, iterations: int, tolerance: float, ridge: float, prior: Prior) -> None:
@@ -110,7 +113,8 @@ class _Inversion:
             if self.iterations == look or self.iterations >= iterations:
                 self._look(error_BTE, tolerance, prior)
                 look += max(5, look // 4)
-            if self.proven_B.all() or self.iterations >= iterations:
+            # With noise in the gradient there comes no proof, and soon nothing better either.
+            if self.proven_B.all() or self.iterations >= min(iterations, 2 * self._bettered + 40):
                 return
 
     def _look(self, error_BTE: Tensor, tolerance: float, prior: Prior) -> None:
@@ -129,14 +133,17 @@ class _Inversion:
         scale = float((back_BTD * self._grad_BTD).sum()) / power if power else 0.0
         rest_BTD = self._grad_BTD - scale * back_BTD
         residual_B = _row_norm(rest_BTD) / _row_norm(self._grad_BTD).clamp_min(TINY)
-        better_B = residual_B < self.residual_B
+        # What differs by less says nothing: rounding decides.
+        better_B = residual_B < (1 - 1e-3) * self.residual_B
         if not better_B.any():
             return
         self.labels_BT[better_B] = labels_BT[better_B]
         self.residual_B = torch.where(better_B, residual_B, self.residual_B)
-        self.scale = scale
-        unexplained_BT = rest_BTD.norm(dim=2) / self._grad_BTD.norm(dim=2).clamp_min(TINY)
-        self.proven_B |= better_B & (unexplained_BT.amax(1) < tolerance)
+        self.scale, self._bettered = scale, self.iterations
+        loud_BT = self._grad_BTD.norm(dim=2)
+        floor_BT = _ROUNDING * loud_BT.amax(1, keepdim=True)
+        explained_BT = rest_BTD.norm(dim=2) <= tolerance * loud_BT + floor_BT
+        self.proven_B |= better_B & explained_BT.all(1)
 
     def in_form(self, labels_BT: Tensor) -> Tensor:
         """Return labels as the model has them: at each position, or one a row."""
@@ -145,9 +152,7 @@ class _Inversion:
         at_B1 = (self.labels_BT != NO_LABEL).int().argmax(1, keepdim=True)
         return labels_BT.gather(1, at_B1).squeeze(1)
 
-    def _carrying(
-        self, error_BTE: Tensor, scale: float, nearest_BT: Tensor
-    ) -> Iterator[Tensor]:
+    def _carrying(self, error_BTE: Tensor, scale: float, nearest_BT: Tensor) -> Iterator[Tensor]:
         """Yield guesses at which positions carry a label, (B, T)."""
         if self._pooled:
             loudest_B1 = error_BTE.norm(dim=2).argmax(1, keepdim=True)
@@ -157,11 +162,16 @@ class _Inversion:
         else:
             # How much of its nearest label's signal is in a position? One that passes little is
             # solved for late, so what is found of it may still be small.
-            signal_BTE = self._metric.coordinates(self.codebook.error_of(nearest_BT))
-            there_BT = (self._metric.coordinates(error_BTE) * signal_BTE).sum(2)
-            whole_BT = scale * signal_BTE.square().sum(2)
-            for share in (0.5, 0.1):
-                yield there_BT > share * whole_BT
+            error_BTE = self._metric.coordinates(error_BTE)
+            signal_BTE = scale * self._metric.coordinates(self.codebook.error_of(nearest_BT))
+            there_BT = (error_BTE * signal_BTE).sum(2)
+            whole_BT = signal_BTE.square().sum(2)
+            # A label of which the model is certain adds next to nothing. Where nothing could be
+            # heard, the model's certainty is the better guess than that there is no label.
+            noise = (error_BTE - signal_BTE).norm(dim=2)[~self._silent_BT].median()
+            unheard_BT = whole_BT.sqrt() < noise
+            for share in (0.1, 0.5):
+                yield ((there_BT > share * whole_BT) | unheard_BT) & ~self._silent_BT
 
 
 def _row_norm(tensor: Tensor) -> Tensor:
