@@ -10,6 +10,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +25,13 @@ from cutlayer.audit.inverter import (
     train_inverter,
     train_mixture,
 )
-from cutlayer.audit.inverter_networks import MixtureInverter
+from cutlayer.audit.inverter_networks import LinearHead, MixtureInverter
 from cutlayer.audit.inverter_training import InverterSettings
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import ConfigError, DataError, NotFinite
 from tests.audit.victims import (
     DATA,
+    noisy,
     public_of,
     random_ids,
     refusal,
@@ -39,8 +41,8 @@ from tests.audit.victims import (
 )
 
 RECIPES = Path(__file__).parents[2] / "recipes"
-QUICK = InverterSettings(epochs=5, batch=16, lr=4e-3)
-FEW = InverterSettings(epochs=12, gate_epochs=4, joint_epochs=2, batch=16, lr=5e-3, width=64)
+QUICK = InverterSettings(epochs=4, gate_epochs=3, joint_epochs=2, batch=32, lr=3e-3, width=64)
+FEW = InverterSettings(epochs=8, gate_epochs=3, joint_epochs=2, batch=16, lr=5e-3, width=64)
 
 
 def wordings(path: Path) -> list[Tensor]:
@@ -96,36 +98,49 @@ def victims() -> list[Tensor]:
 
 
 def test_in_domain_wordings_are_read_back():
-    """T-A2, reduced: 1,200 public wordings let most of 200 others be read, at SmolLM2's cut 2."""
+    """T-A2, reduced: 600 public wordings let 200 others be read, at SmolLM2's cut 2."""
     public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")
-    inverter = train_inverter(public, wordings(DATA / "icd10/train.jsonl")[:1200], settings=QUICK)
+    inverter = train_inverter(public, wordings(DATA / "icd10/train.jsonl")[:600], settings=QUICK)
 
     finding = learned_inversion(inverter, sent_of(public, held), held)
 
-    assert finding.rouge["L"] >= 0.7
-    assert finding.trr <= finding.extra["seen_tokens_share"]  # it knows no other tokens
+    assert finding.rouge["L"] >= 0.8
     assert finding.prior_trr < 0.05
+    assert finding.trr > finding.extra["seen_tokens_share"] + 0.1  # it reads tokens it never saw
 
 
 def test_text_of_another_domain_helps_as_well():
-    """T-A2, reduced: an inverter that saw docstrings only reads diagnoses, though fewer."""
-    public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")
-    inverter = train_inverter(public, docstrings(1200), settings=QUICK)
+    """T-A2, reduced: an inverter that saw 500 docstrings only reads much of the diagnoses."""
+    public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")[:100]
+    inverter = train_inverter(public, docstrings(500), settings=QUICK)
 
     finding = learned_inversion(inverter, sent_of(public, held), held)
 
-    assert finding.rouge["L"] >= 0.3
+    assert finding.rouge["L"] >= 0.35
 
 
 def test_an_inverter_taught_shuffled_labels_reads_nothing():
-    """T-A2's control: if tokens are dealt anew among the public texts, ROUGE-L is under .10."""
-    public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")
-    aux = wordings(DATA / "icd10/train.jsonl")[:600]
-    dealt = torch.cat(aux)[torch.randperm(sum(map(len, aux)), generator=torch.Generator())]
-    labels = list(dealt.split([*map(len, aux)]))
+    """T-A2's control: if tokens are dealt anew among the public texts, ROUGE-L is .10 at most."""
+    public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")[:100]
+    aux = wordings(DATA / "icd10/train.jsonl")[:400]
+    order = torch.randperm(sum(map(len, aux)), generator=torch.Generator().manual_seed(0))
+    labels = list(torch.cat(aux)[order].split([*map(len, aux)]))
     inverter = train_inverter(public, aux, labels=labels, settings=QUICK)
 
     assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] <= 0.1
+
+
+def test_a_linear_head_answers_with_tokens_of_the_public_text_only(small: Any):
+    """As published, what was not seen is not read; a comparison with the embedding reads it."""
+    aux = list(2 * random_ids(512, 300, 12, seed=7))
+    strangers = list(2 * random_ids(512, 40, 12, seed=8) + 1)
+    found = {}
+    for head in ("linear", "embedding"):
+        inverter = train_inverter(small, aux, settings=replace(FEW, head=head))
+        found[head] = learned_inversion(inverter, sent_of(small, strangers), strangers)
+
+    assert found["linear"].trr == found["embedding"].extra["seen_tokens_share"] == 0
+    assert found["embedding"].trr >= 0.5
 
 
 def test_noise_in_place_of_activations_is_read_at_chance(small: Any, texts: Any, victims: Any):
@@ -144,12 +159,12 @@ def test_noise_in_place_of_activations_is_read_at_chance(small: Any, texts: Any,
 
 def test_training_on_the_defense_reads_through_it(small: Any, texts: Any, victims: Any):
     """An inverter that saw the noise reads more under it than one that was trained clean."""
-    noisy = [noise_of(1.0)(rows[None])[0] for rows in sent_of(small, victims)]
+    blurred = [noise_of(1.5)(rows[None])[0] for rows in sent_of(small, victims)]
 
     clean = train_inverter(small, texts, settings=FEW)
-    adapted = train_inverter(small, texts, defend=noise_of(1.0), settings=FEW)
+    adapted = train_inverter(small, texts, defend=noise_of(1.5), settings=FEW)
 
-    found = [learned_inversion(inverter, noisy, victims).trr for inverter in (clean, adapted)]
+    found = [learned_inversion(inverter, blurred, victims).trr for inverter in (clean, adapted)]
     assert found[1] >= found[0] + 0.05
 
 
@@ -181,14 +196,14 @@ def test_a_defense_may_change_the_width(small: Any, texts: Any, victims: Any):
 def test_a_mixture_reads_through_noise_that_a_clean_gru_does_not(
     small: Any, texts: Any, victims: Any
 ):
-    """T-A2n: at noise of half the root mean square the mixture is ahead by .05 ROUGE-L or more."""
+    """T-A2n, reduced: the mixture is ahead by .05 ROUGE-L or more where noise hurts at all."""
     smashed = sent_of(small, victims)
-    noisy = [noise_of(0.5)(rows[None])[0] for rows in smashed]
+    blurred = [noise_of(1.5)(rows[None])[0] for rows in smashed]
 
     gru = train_inverter(small, texts, settings=FEW)
-    mixture = train_mixture(small, texts, strengths=(0.25, 0.5, 1.0), settings=FEW)
+    mixture = train_mixture(small, texts, strengths=(0.5, 1.0, 2.0), settings=FEW)
 
-    ahead = [learned_inversion(one, noisy, victims).rouge["L"] for one in (mixture, gru)]
+    ahead = [learned_inversion(one, blurred, victims).rouge["L"] for one in (mixture, gru)]
     assert ahead[0] - ahead[1] >= 0.05
     assert learned_inversion(mixture, smashed, victims).trr >= 0.9  # and clean it is no worse
 
@@ -196,7 +211,8 @@ def test_a_mixture_reads_through_noise_that_a_clean_gru_does_not(
 def test_a_text_is_read_alike_alone_and_among_others():
     """The mixture's gate looks at one text: others in the batch, and padding, change nothing."""
     torch.manual_seed(0)
-    network = MixtureInverter(16, 10, 3, width=32, dropout=0.1).eval()
+    head = LinearHead(32, torch.arange(10))
+    network = MixtureInverter(16, head, 3, width=32, dropout=0.1).eval()
     alone_BTD, others_BTD = torch.randn(1, 5, 16), torch.randn(3, 9, 16)
     padded_BTD = torch.cat([torch.nn.functional.pad(alone_BTD, (0, 0, 0, 4)), others_BTD])
     mask_BT = torch.ones(4, 9, dtype=torch.bool)
@@ -231,15 +247,16 @@ def test_a_seed_decides_everything_and_nothing_else_is_touched(small: Any, texts
         for seed in (3, 3, 4)
     ]
 
-    weights = [inverter.network.head.weight for inverter in found]
+    weights = [inverter.network.head.query.weight for inverter in found]
     assert torch.equal(weights[0], weights[1])
     assert not torch.equal(weights[0], weights[2])
     assert torch.equal(torch.random.get_rng_state(), before)
 
 
 def test_logits_are_over_the_whole_vocabulary(small: Any, texts: Any):
-    """Tokens that the public text does not have stand at -inf, the others as the network says."""
-    inverter = train_inverter(small, texts[:40], settings=InverterSettings(epochs=1, width=16))
+    """Tokens that a linear head does not know stand at -inf, the others as the network says."""
+    settings = InverterSettings(epochs=1, width=16, head="linear")
+    inverter = train_inverter(small, texts[:40], settings=settings)
     smashed_BTD = small.bottom(texts[0][None])
 
     logits_BTV = inverter.logits(smashed_BTD)
@@ -274,16 +291,41 @@ def test_what_cannot_be_learned_from_is_refused_in_one_sentence(small: Any, text
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 3])
-def test_in_domain_wordings_are_read_back_after_twelve_thousand(cut: int, tmp_path: Path):
-    """T-A2 in full: 12,000 public wordings give ROUGE-L of .80 in the domain, .65 from another."""
+def test_twelve_thousand_wordings_and_the_published_network(cut: int, tmp_path: Path):
+    """T-A2 in full: a GRU of 256 with a linear layer reads held-out wordings at ROUGE-L .80."""
     command = [sys.executable, RECIPES / "prepare_icd10.py", "--output", tmp_path]
     command += ["--train", "12600", "--max-chars", "64"]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
     public, aux = smollm2(bottom=cut), wordings(tmp_path / "train.jsonl")
     held = wordings(tmp_path / "test.jsonl")
-    settings = InverterSettings(epochs=4, batch=32, lr=3e-3)
+    settings = InverterSettings(epochs=4, batch=32, lr=3e-3, head="linear")
 
-    near = train_inverter(public, aux, settings=settings)
+    inverter = train_inverter(public, aux, settings=settings)
 
     assert len(aux) >= 12_000
-    assert learned_inversion(near, sent_of(public, held), held).rouge["L"] >= 0.8
+    assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] >= 0.8
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [2, 3])
+def test_text_of_another_domain_does_nearly_as_well(cut: int):
+    """T-A2 in full: 1,500 docstrings are enough to read diagnoses at ROUGE-L .65."""
+    public, held = smollm2(bottom=cut), wordings(DATA / "icd10/test.jsonl")
+    inverter = train_inverter(public, docstrings(1500), settings=QUICK)
+
+    assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] >= 0.65
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("cut", [2, 3])
+def test_a_mixture_is_ahead_under_noise_on_real_weights(cut: int):
+    """T-A2n in full: at noise of half the rms of what is sent it leads by .05 ROUGE-L."""
+    public, held = smollm2(bottom=cut), wordings(DATA / "icd10/test.jsonl")
+    aux = wordings(DATA / "icd10/train.jsonl")[:800]
+    smashed = [noisy(rows, 0.5, seed=i)[0] for i, rows in enumerate(sent_of(public, held))]
+
+    gru = train_inverter(public, aux, settings=QUICK)
+    mixture = train_mixture(public, aux, strengths=(0.5, 1.0, 2.0), settings=QUICK)
+
+    ahead = [learned_inversion(one, smashed, held).rouge["L"] for one in (mixture, gru)]
+    assert ahead[0] - ahead[1] >= 0.05

@@ -10,13 +10,14 @@ send back. All attacks of this room are built on the three calls of `PublicModel
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
+from cutlayer.errors import ConfigError
 from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed, hidden_of
 from cutlayer.split.loading import load_ends, open_checkpoint, skeleton_of
 
@@ -135,6 +136,46 @@ class PublicModel:
         caught_BTD, self._seam.caught_BTD = self._seam.caught_BTD, None
         assert caught_BTD is not None
         return caught_BTD
+
+    def inputs_to(
+        self,
+        modules: Sequence[str],
+        ids_BT: Tensor,
+        *,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Return what these modules of the bottom are given for these tokens, (B, T, D) each.
+
+        Raises:
+            ConfigError: If the bottom has no such module.
+        """
+        caught: dict[str, Tensor] = {}
+
+        def catcher(name: str) -> Callable[..., None]:
+            def catch(_module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+                caught[name] = hidden_of(args, kwargs)
+
+            return catch
+
+        held = dict(self._ends.named_modules())
+        handles = [
+            held[name].register_forward_pre_hook(catcher(name), with_kwargs=True)
+            for name in modules
+            if name in held
+        ]
+        try:
+            self.bottom(ids_BT, attention_mask=attention_mask, position_ids=position_ids)
+        finally:
+            for handle in handles:
+                handle.remove()
+        missing = [name for name in modules if name not in caught]
+        if missing:
+            raise ConfigError(
+                f"the bottom of {self.cut.lower} layers has no module '{missing[0]}' that is run: "
+                "name one of its layers' modules as the model does"
+            )
+        return [caught[name] for name in modules]
 
     def new_cache(self) -> DynamicCache:
         """Return an empty KV cache for `bottom`."""
