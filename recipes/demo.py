@@ -67,7 +67,7 @@ def main(argv: list[str] | None = None) -> int:
         server.wait()
     say("7. What the server could read of this run (the report is audit.html)")
     audit_words = ["--run", str(output / "run"), "--output", str(output / "audit")]
-    cli("audit", *audit_words, "--samples", "8", "--tokens", "16", "--threads", "2")
+    cli("audit", *audit_words, "--samples", "8", "--tokens", "12", "--threads", "2")
     agree = answers_after == answers_through
     for row, was, now in list(zip(rows, answers_before, answers_after, strict=True))[:SHOWN]:
         print(f"\n  {row['prompt'][-1]['content']}\n    right:  {row['completion'][0]['content']}")

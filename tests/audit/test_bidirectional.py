@@ -40,6 +40,7 @@ from tests.audit.victims import (
 SHORT = BisrSettings(
     embedding=Descent(250, 0.09), forward=Descent(80, 5e-3, 0.02), backward=Descent(18, 0.09)
 )
+ONCE = InverterSettings(epochs=1, least_steps=0, head="linear")
 TOKENS = 12
 
 
@@ -172,7 +173,7 @@ def test_noise_in_place_of_messages_is_read_at_chance(small: PublicModel, sent: 
 def test_each_stage_improves_on_a_poor_inverter(small: PublicModel):
     """Published order, in kind: BiSR(b+f) and (f) read more than the inverter they start from."""
     aux = list(random_ids(small.vocabulary, 60, TOKENS, seed=8))
-    inverter = train_inverter(small, aux, settings=InverterSettings(epochs=1, width=32))
+    inverter = train_inverter(small, aux, settings=ONCE)
     truth = list(random_ids(small.vocabulary, 2, TOKENS, seed=9))
     with torch.no_grad():
         smashed = list(small.bottom(torch.stack(truth)))
@@ -225,10 +226,10 @@ def test_what_cannot_be_matched_is_refused_in_one_sentence(small: PublicModel, s
 @pytest.mark.slow
 def test_the_published_order_holds_on_real_weights():
     """On SmolLM2, BiSR(f) at its published settings reads more than the inverter it starts from."""
-    from tests.audit.test_inverter import QUICK, sent_of, wordings
+    from tests.audit.test_inverter import sent_of, wordings
 
     public, truth = smollm2(), wordings(DATA / "icd10/test.jsonl")[:16]
-    inverter = train_inverter(public, wordings(DATA / "icd10/train.jsonl")[:600], settings=QUICK)
+    inverter = train_inverter(public, wordings(DATA / "icd10/train.jsonl")[:600])
     smashed = sent_of(public, truth)
 
     sip = learned_inversion(inverter, smashed, truth)

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +38,7 @@ from tests.audit.victims import (
 )
 
 TEXTS, TOKENS = 16, 16
+FEW = (64, 256, None)  # candidates, of a vocabulary of 1,024
 
 
 @pytest.fixture(scope="module")
@@ -62,17 +65,26 @@ def ids_BT(public: PublicModel) -> Tensor:
     return random_ids(public.vocabulary, TEXTS, TOKENS)
 
 
-@pytest.mark.parametrize("cut", [0, 1, 3])
+@pytest.mark.parametrize("cut", [1, 3])
 def test_clean_activations_are_the_text(folder: Path, ids_BT: Tensor, cut: int):
     """T-A1: whatever the cut, every token of every text is read back, on few candidates."""
     public = public_of(folder, bottom=cut)
 
-    found = forward_search(public, sent(public, ids_BT), list(ids_BT))
+    found = forward_search(public, sent(public, ids_BT), list(ids_BT), SearchSettings(rungs=FEW))
 
     assert found.trr == found.exact == found.extra["forced"]["trr"] == 1.0
     assert found.verdict == "plaintext"
-    assert found.extra["candidates_median"] <= 0.3 * public.vocabulary
+    assert found.extra["candidates_median"] <= 0.1 * public.vocabulary
     assert found.extra["margin_median"] > 1000
+
+
+def test_embeddings_alone_are_the_text(folder: Path, ids_BT: Tensor):
+    """Below the first layer rows of public tables are sent, for the token and for its place."""
+    public = public_of(folder, bottom=0)
+
+    found = forward_search(public, sent(public, ids_BT[:4]), list(ids_BT[:4]))
+
+    assert found.exact == 1.0
 
 
 @pytest.mark.parametrize(
@@ -113,18 +125,27 @@ def projected(rows_TD: Tensor) -> Tensor:
     return rows_TD @ torch.randn(rows_TD.shape[1], 8, generator=generator)
 
 
-@pytest.mark.parametrize(
-    ("hide", "settings", "least"),
-    [
-        (permuted_rows, SearchSettings(score="sorted_l1"), 0.99),
-        (permuted_text, SearchSettings(score="any_row"), 0.99),
-        (rotated, SearchSettings(score="gram"), 0.99),
-        (quantiser(8), SearchSettings(score="quant", release=quantiser(8)), 0.99),
-        (quantiser(4), SearchSettings(score="quant", release=quantiser(4)), 0.90),
-        (projected, SearchSettings(release=projected), 0.99),
-    ],
-    ids=["permutation", "order", "rotation", "int8", "int4", "projection"],
-)
+CASES = [
+    pytest.param(permuted_rows, SearchSettings(score="sorted_l1"), 0.99, id="permutation"),
+    pytest.param(permuted_text, SearchSettings(score="any_row"), 0.99, id="order"),
+    pytest.param(rotated, SearchSettings(score="gram"), 0.99, id="rotation"),
+    pytest.param(
+        quantiser(8), SearchSettings(score="quant", release=quantiser(8)), 0.99, id="int8"
+    ),
+    pytest.param(
+        quantiser(4), SearchSettings(score="quant", release=quantiser(4)), 0.90, id="int4"
+    ),
+    pytest.param(projected, SearchSettings(release=projected), 0.99, id="projection"),
+]
+
+
+@functools.cache
+def real_table() -> CandidateTable:
+    """Return SmolLM2's table of candidates, made once."""
+    return CandidateTable(smollm2())
+
+
+@pytest.mark.parametrize(("hide", "settings", "least"), CASES)
 def test_cheap_obfuscation_is_read_through(
     public: PublicModel,
     table: CandidateTable,
@@ -134,9 +155,10 @@ def test_cheap_obfuscation_is_read_through(
     least: float,
 ):
     """T-A1b: permutation, rotation, rounding and projection leave the text where it was."""
-    hidden = [hide(rows_TD) for rows_TD in sent(public, ids_BT)]
+    texts = ids_BT[:6]
+    hidden = [hide(rows_TD) for rows_TD in sent(public, texts)]
 
-    found = forward_search(public, hidden, list(ids_BT), settings, table=table)
+    found = forward_search(public, hidden, list(texts), replace(settings, rungs=FEW), table=table)
 
     assert found.trr >= least
 
@@ -145,9 +167,9 @@ def test_a_rotation_stops_only_who_does_not_expect_it(
     public: PublicModel, table: CandidateTable, ids_BT: Tensor
 ):
     """Plain distances read nothing of rotated activations: the scores do differ."""
-    hidden = [rotated(rows_TD) for rows_TD in sent(public, ids_BT[:4])]
+    hidden = [rotated(rows_TD) for rows_TD in sent(public, ids_BT[:2])]
 
-    found = forward_search(public, hidden, list(ids_BT[:4]), table=table)
+    found = forward_search(public, hidden, list(ids_BT[:2]), table=table)
 
     assert found.trr <= 0.05
 
@@ -157,14 +179,14 @@ def test_noise_in_place_of_activations_gives_chance(
     public: PublicModel, table: CandidateTable, ids_BT: Tensor, score: str
 ):
     """T-A1c: the harness, which holds the truth, hands none of it to the search."""
-    texts = ids_BT[:8]
+    settings, texts = SearchSettings(score=score, rungs=FEW), ids_BT[:3]
     generator = torch.Generator().manual_seed(6)
     hidden = [
         rows_TD.square().mean().sqrt() * torch.randn(rows_TD.shape, generator=generator)
         for rows_TD in sent(public, texts)
     ]
 
-    found = forward_search(public, hidden, list(texts), SearchSettings(score=score), table=table)
+    found = forward_search(public, hidden, list(texts), settings, table=table)
 
     for rate in (found.trr, found.extra["forced"]["trr"]):
         low, high = clopper_pearson(round(rate * found.tokens), found.tokens)
@@ -181,20 +203,22 @@ def test_noise_is_read_through_until_it_is_large(public: PublicModel, table: Can
     """More noise, fewer tokens; what a prior knows helps where noise leaves a doubt."""
     log_prior_V = zipf(public.vocabulary)
     generator = torch.Generator().manual_seed(7)
-    ids_BT = torch.multinomial(log_prior_V.exp(), 8 * 12, replacement=True, generator=generator)
-    texts = list(ids_BT.reshape(8, 12))
+    ids_BT = torch.multinomial(log_prior_V.exp(), 5 * 10, replacement=True, generator=generator)
+    texts = list(ids_BT.reshape(5, 10))
     clean = sent(public, torch.stack(texts))
 
-    def rate(ratio: float, prior: Any, **settings: Any) -> float:
-        pairs = [noisy(rows_TD, ratio, seed=seed) for seed, rows_TD in enumerate(clean)]
-        sigma = sum(sigma for _, sigma in pairs) / len(pairs)
-        asked = SearchSettings(score="map", sigma=sigma, **settings)
-        hidden = [rows_TD for rows_TD, _ in pairs]
-        found = forward_search(public, hidden, texts, asked, prior=prior, table=table)
-        return found.extra["forced"]["trr"]
+    def rate(ratio: float, prior: Any) -> float:
+        """Return the share of tokens that are read, each after the true ones before it."""
+        right = 0
+        for seed, (rows_TD, ids_T) in enumerate(zip(clean, texts, strict=True)):
+            hidden_TD, sigma = noisy(rows_TD, ratio, seed=seed)
+            settings = SearchSettings(score="map", sigma=sigma, rungs=FEW)
+            found = search(public, hidden_TD, settings, truth=ids_T, prior=prior, table=table)
+            right += sum(a == b for a, b in zip(found.ids, ids_T.tolist(), strict=True))
+        return right / sum(map(len, texts))
 
-    informed = [rate(ratio, lambda _: log_prior_V) for ratio in (0.1, 1.0, 2.0, 4.0)]
-    blind = [rate(ratio, None) for ratio in (0.1, 1.0, 2.0, 4.0)]
+    informed = [rate(ratio, lambda _: log_prior_V) for ratio in (0.1, 2.0, 4.0)]
+    blind = [rate(ratio, None) for ratio in (0.1, 2.0, 4.0)]
 
     assert informed[0] == blind[0] == 1.0
     assert informed == sorted(informed, reverse=True)
@@ -226,17 +250,16 @@ def test_the_baseline_is_what_the_prior_says_without_the_traffic(
 
 def test_a_beam_reads_more_than_one_path(public: PublicModel, table: CandidateTable):
     """Where noise misleads at one position, the later ones set it right."""
-    ids_BT = random_ids(public.vocabulary, 6, 12, seed=8)
+    ids_BT = random_ids(public.vocabulary, 4, 8, seed=8)
     hidden = [
         noisy(rows_TD, 1.2, seed=seed)[0] for seed, rows_TD in enumerate(sent(public, ids_BT))
     ]
 
-    rates = [
-        forward_search(
-            public, hidden, list(ids_BT), SearchSettings(score="map", beams=beams), table=table
-        ).trr
-        for beams in (1, 6)
-    ]
+    rates = []
+    for beams in (1, 4):
+        settings = SearchSettings(score="map", beams=beams, rungs=FEW)
+        found = forward_search(public, hidden, list(ids_BT), settings, table=table)
+        rates.append(found.trr)
 
     assert rates[1] >= rates[0]
 
@@ -259,7 +282,7 @@ def test_the_policy_loses_nothing(
     public: PublicModel, table: CandidateTable, ids_BT: Tensor, ratio: float
 ):
     """Trying the likely candidates first finds what trying all of them finds."""
-    texts = ids_BT[:4]
+    texts = ids_BT[:2]
     pairs = [noisy(rows_TD, ratio, seed=seed) for seed, rows_TD in enumerate(sent(public, texts))]
 
     few, every = (
@@ -329,11 +352,59 @@ def test_traffic_that_does_not_fit_is_refused(public: PublicModel, ids_BT: Tenso
         refusal(error.value)
 
 
+SENTENCE = (
+    "Patient Maria Oberholzer of Lucerne was admitted with acute appendicitis and diabetes; she "
+    "is afraid of the surgery."
+)
+
+
 def test_real_weights_give_a_clinical_sentence_away():
     """SmolLM2, 2 of 30 layers at the client: the sentence comes back whole, on 1% of the tokens."""
+    public, ids_T = smollm2(), clinical_ids(SENTENCE)
+
+    found = forward_search(public, sent(public, ids_T[None]), [ids_T])
+
+    assert len(ids_T) >= 24
+    assert found.trr == found.exact == 1.0
+    assert found.extra["candidates_median"] <= 0.01 * public.vocabulary
+
+
+@pytest.mark.slow
+def test_real_weights_give_names_and_dates_away():
+    """Digits, which no line through the embeddings foresees, cost one full search at most."""
     public, ids_T = smollm2(), clinical_ids()
 
     found = forward_search(public, sent(public, ids_T[None]), [ids_T])
 
-    assert found.trr == found.exact == 1.0
-    assert found.extra["candidates_median"] <= 0.01 * public.vocabulary
+    assert found.exact == 1.0
+    assert found.extra["candidates_mean"] <= 0.05 * public.vocabulary
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("hide", "settings", "least"), CASES)
+def test_cheap_obfuscation_of_real_weights_is_read_through(
+    hide: Callable[[Tensor], Tensor], settings: SearchSettings, least: float
+):
+    """T-A1b on SmolLM2, over the whole vocabulary."""
+    public, ids_T = smollm2(), clinical_ids(SENTENCE)[:10]
+    hidden = [hide(rows_TD) for rows_TD in sent(public, ids_T[None])]
+
+    found = forward_search(public, hidden, [ids_T], settings, table=real_table())
+
+    assert found.trr >= least
+
+
+@pytest.mark.slow
+def test_noise_on_real_weights_is_read_through_until_it_is_large():
+    """On SmolLM2 as well: more noise, fewer tokens."""
+    public, ids_T = smollm2(), clinical_ids(SENTENCE)[:10]
+    rates = []
+    for ratio in (0.1, 2.0, 6.0):
+        rows_TD, sigma = noisy(sent(public, ids_T[None])[0], ratio)
+        settings = SearchSettings(score="map", sigma=sigma)
+        found = forward_search(public, [rows_TD], [ids_T], settings, table=real_table())
+        rates.append(found.extra["forced"]["trr"])
+
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert rates[-1] < 0.5

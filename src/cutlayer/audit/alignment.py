@@ -36,13 +36,13 @@ class Alignment:
         apply: From received rows, (T, D), to rows that are compared, (T, any).
         release: From the public bottom's rows, (T, D), to rows that are compared, (T, any).
         matched: Share of the known tokens which were not fitted whose row comes nearest to their
-            own public one; NaN if the kind was given.
+            own public one; None if the kind was given.
     """
 
     kind: str
     apply: Callable[[Tensor], Tensor] = field(repr=False)
     release: Callable[[Tensor], Tensor] = field(repr=False)
-    matched: float = float("nan")
+    matched: float | None = None
 
 
 def _ridge(received_ND: Tensor, public_ND: Tensor) -> Alignment:

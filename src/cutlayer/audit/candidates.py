@@ -104,18 +104,31 @@ class CandidateTable:
         first = not prefix.ids
         if first not in self._tables:
             began = time.perf_counter()
-            base = Prefix(self._public)
-            for token in () if first else self._prefix:
-                base, _ = base.grown(token)
-            self._tables[first] = [self._fitted(base)]
+            self._tables[first] = [self._fitted(self._base(first))]
             self.seconds += time.perf_counter() - began
         return self._tables[first]
 
     def learn(self, prefix: Prefix, sent_VD: Tensor) -> None:
         """Take down what every token really sent after `prefix`, if nothing is yet."""
-        tables = self._tables.get(not prefix.ids, [])
-        if len(tables) == 1:
-            tables.append(sent_VD)
+        rows = self.rows(prefix)
+        if len(rows) == 1:
+            rows.append(sent_VD)
+
+    def learn_all(self) -> None:
+        """Run every token after nothing and after the public prefix, if that was not done yet."""
+        every_V = torch.arange(self.vocabulary, device=self.device)
+        for first in (True, False):
+            base = self._base(first)
+            if len(self.rows(base)) == 1:
+                began = time.perf_counter()
+                self.learn(base, base.after(every_V))
+                self.seconds += time.perf_counter() - began
+
+    def _base(self, first: bool) -> Prefix:
+        base = Prefix(self._public)
+        for token in () if first else self._prefix:
+            base, _ = base.grown(token)
+        return base
 
     @torch.no_grad()
     def _fitted(self, base: Prefix) -> Tensor:

@@ -29,16 +29,19 @@ class Codebook:
         self,
         rows_WE: Tensor,
         value_BTE: Tensor,
-        logits_of: Callable[[Tensor], Tensor],
         metric: Metric,
+        *,
+        logits_of: Callable[[Tensor], Tensor],
+        slopes_of: Callable[[Tensor], Tensor | None],
     ) -> None:
         """Begin.
 
         Args:
             rows_WE: The rows of the head, or one-hot rows where e is solved for in the logits.
             value_BTE: What the head is applied to, or the logits.
-            logits_of: The logits of pieces of it.
             metric: In which distances are taken.
+            logits_of: The logits of pieces of it.
+            slopes_of: How steeply they follow the head's output, or `None` for 1.
         """
         self._rows_WE = rows_WE
         self._metric = metric
@@ -48,8 +51,16 @@ class Codebook:
         self._shape = value_BTE.shape[:2]
         self._value_NE = value_BTE.flatten(0, 1)
         self._logits_of = logits_of
-        means = [logits_of(piece).softmax(-1) @ rows_WE for piece in _pieces(self._value_NE)]
+        self._slopes_of = slopes_of
+        means = [self._mean(piece) for piece in _pieces(self._value_NE)]
         self.mean_BTE = torch.cat(means).view(*self._shape, -1)
+
+    def _mean(self, value_NE: Tensor) -> Tensor:
+        probabilities_NW = self._logits_of(value_NE).softmax(-1)
+        slopes_NW = self._slopes_of(value_NE)
+        if slopes_NW is not None:
+            probabilities_NW = probabilities_NW * slopes_NW
+        return probabilities_NW @ self._rows_WE
 
     def likely(self) -> Tensor:
         """Return the label that the model itself finds likeliest, without any gradient."""
@@ -58,7 +69,12 @@ class Codebook:
 
     def error_of(self, labels_BT: Tensor) -> Tensor:
         """Return the error signal of these labels at scale 1, zero where there is none."""
-        rows_BTE = self._rows_WE[labels_BT.clamp_min(0)]
+        chosen_BT = labels_BT.clamp_min(0)
+        rows_BTE = self._rows_WE[chosen_BT]
+        slopes = [self._slopes_of(piece) for piece in _pieces(self._value_NE)]
+        if known := [piece for piece in slopes if piece is not None]:
+            slopes_NW = torch.cat(known)
+            rows_BTE = rows_BTE * slopes_NW.gather(1, chosen_BT.view(-1, 1)).view(*self._shape, 1)
         return (self.mean_BTE - rows_BTE) * (labels_BT >= 0).unsqueeze(-1)
 
     def scale_of(self, error_BTE: Tensor) -> float:
@@ -69,9 +85,13 @@ class Codebook:
         """
         fits, scales = [], []
         shaped = (self._metric.shape(t.flatten(0, 1)) for t in (error_BTE, self.mean_BTE))
-        for error_NE, mean_NE in zip(*map(_pieces, shaped), strict=True):
-            dots_NW = (error_NE * mean_NE).sum(1, keepdim=True) - self._against_rows(error_NE)
-            squares_NW = self._squares_W - 2 * self._against_rows(mean_NE)
+        pieces = (*map(_pieces, shaped), _pieces(self._value_NE))
+        for error_NE, mean_NE, value_NE in zip(*pieces, strict=True):
+            slopes_NW = self._slopes_of(value_NE)
+            steep: Tensor | float = 1.0 if slopes_NW is None else slopes_NW
+            dots_NW = (error_NE * mean_NE).sum(1, keepdim=True)
+            dots_NW = dots_NW - self._against_rows(error_NE).mul_(steep)
+            squares_NW = -self._closeness(mean_NE, 1.0, value_NE)
             squares_NW += mean_NE.square().sum(1, keepdim=True)
             # A label that is as good as certain adds a signal near zero, of no sure direction.
             squares_NW.clamp_min_(1e-3 * float(self._squares_W.mean()))
@@ -97,32 +117,29 @@ class Codebook:
                 of most positions.
         """
         sought_NE = self._metric.coordinates(self.mean_BTE - error_BTE / scale).flatten(0, 1)
-        gain_N = self._metric.gain_BT.flatten()
+        gain_N1 = self._metric.gain_BT.reshape(-1, 1)
+        pieces = list(zip(*map(_pieces, (sought_NE, gain_N1, self._value_NE)), strict=True))
         spread = 0.0
         if prior is not None:
-            nearest = [
-                piece.square().sum(1) - self._closeness(piece, gain).amax(1)
-                for piece, gain in zip(_pieces(sought_NE), _pieces(gain_N), strict=True)
-            ]
+            nearest = [p[0].square().sum(1) - self._closeness(*p).amax(1) for p in pieces]
             spread = float(torch.cat(nearest).median()) / sought_NE.shape[1]
         labels = []
-        for number, piece_NE in enumerate(_pieces(sought_NE)):
-            here = slice(number * _POSITIONS_AT_ONCE, number * _POSITIONS_AT_ONCE + len(piece_NE))
-            score_NW = self._closeness(piece_NE, gain_N[here])
+        for number, piece in enumerate(pieces):
+            score_NW = self._closeness(*piece)
             if spread > 0:
                 score_NW /= 2 * spread
-                score_NW += (
-                    prior.flatten(0, 1)[here]
-                    if isinstance(prior, Tensor)
-                    else self._logits_of(self._value_NE[here]).log_softmax(-1)
-                )
+                if isinstance(prior, Tensor):
+                    score_NW += _pieces(prior.flatten(0, 1))[number]
+                else:
+                    score_NW += self._logits_of(piece[2]).log_softmax(-1)
             labels.append(score_NW.argmax(1))
         return torch.cat(labels).view(self._shape)
 
-    def _closeness(self, sought_NE: Tensor, gain_N: Tensor) -> Tensor:
+    def _closeness(self, sought_NE: Tensor, gain_N1: Tensor | float, value_NE: Tensor) -> Tensor:
         """Return the square of what is sought minus that of its distance to each row, (N, W)."""
-        gain_N1 = gain_N.unsqueeze(1)
-        return 2 * gain_N1 * self._against_rows(sought_NE) - gain_N1.square() * self._squares_W
+        slopes_NW = self._slopes_of(value_NE)
+        size = gain_N1 if slopes_NW is None else gain_N1 * slopes_NW
+        return size * (2 * self._against_rows(sought_NE) - size * self._squares_W)
 
     def _against_rows(self, coordinates_NE: Tensor) -> Tensor:
         """Return the inner products with each row, in the metric, (N, W)."""

@@ -28,12 +28,20 @@ from torch.nn.utils.rnn import pad_sequence
 
 from cutlayer.audit.finding import Finding, Recovered
 from cutlayer.audit.inverter_networks import GruInverter, MixtureInverter
-from cutlayer.audit.inverter_training import Batch, Defend, InverterSettings, Lesson, mask_of
+from cutlayer.audit.inverter_training import (
+    PUBLISHED_INVERTER,
+    Batch,
+    Defend,
+    InverterSettings,
+    Lesson,
+    mask_of,
+)
 from cutlayer.audit.metrics import finding_of, unigram_prior
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import ConfigError, DataError
 
 __all__ = [
+    "PUBLISHED_INVERTER",
     "Defend",
     "Inverter",
     "InverterSettings",
@@ -171,7 +179,7 @@ def train_inverter(
         def score() -> float:
             return lesson.held_out_recovery(network, [defend])
 
-        best = lesson.teach(network, [*network.parameters()], loss_of, settings.epochs, score)
+        best = lesson.teach(network, [*network.parameters()], loss_of, lesson.epochs, score)
     facts = {"network": "gru", "defended": defend is not None, "held_out_trr": best}
     return _learned(lesson, network, aux_texts, facts, began)
 
@@ -248,7 +256,7 @@ def train_mixture(
             return lesson.held_out_recovery(network, [None, *map(of, strengths)])
 
         experts, gate = network.expert_parameters(), network.gate_parameters()
-        lesson.teach(network, experts, loss_of_experts, settings.epochs)
+        lesson.teach(network, experts, loss_of_experts, lesson.epochs)
         lesson.teach(network, gate, loss_of_all, settings.gate_epochs, score)
         best = lesson.teach(network, experts + gate, loss_of_all, settings.joint_epochs, score)
     facts = {"network": "mixture", "strengths": list(strengths), "held_out_trr": best}
@@ -308,7 +316,8 @@ def _learned(
         "sent_width": lesson.sent_width,
         "train_seconds": time.perf_counter() - began,
         **asdict(lesson.settings),
+        "epochs": lesson.epochs,
     }
-    network.head.finish()
+    network.head.open(True)
     commonest = unigram_prior(text_T.tolist() for text_T in texts)
     return Inverter(network.eval(), lesson.tokens_K, commonest, lesson.vocabulary, facts)

@@ -59,7 +59,7 @@ class LinearHead(nn.Module):
         logits_BTK: Tensor = self.linear(states_BTH)
         return logits_BTK
 
-    def finish(self) -> None:
+    def open(self, _wide: bool) -> None:
         """Do nothing: a token that was not learned has no weights."""
 
 
@@ -76,28 +76,28 @@ class EmbeddingHead(nn.Module):
         table_VM: The public embedding.
     """
 
-    tokens_K: Tensor
     table_VM: Tensor
 
     def __init__(self, width: int, sent: int, tokens_K: Tensor, table_VM: Tensor) -> None:
         super().__init__()
         centred_VM = table_VM.float() - table_VM.float().mean(0)
-        self.register_buffer("tokens_K", tokens_K)
         self.register_buffer("table_VM", normalize(centred_VM, dim=-1), persistent=False)
-        self._rows_KM = self.table_VM[tokens_K]
         self.query = nn.Linear(width + sent, table_VM.shape[-1])
         self.sharpness = nn.Parameter(torch.ones(()))
+        self._seen_K = tokens_K
+        self.open(False)
+
+    def open(self, wide: bool) -> None:
+        """Answer from now on with every token, or with those of the public text only."""
+        every_V = torch.arange(len(self.table_VM), device=self.table_VM.device)
+        self.tokens_K = every_V if wide else self._seen_K
+        self._rows_KM = self.table_VM if wide else self.table_VM[self._seen_K]
 
     def forward(self, states_BTH: Tensor, scaled_BTD: Tensor) -> Tensor:
         """Return the logits, (B, T, K)."""
         query_BTM = self.query(torch.cat([states_BTH, scaled_BTD], -1)) * self.sharpness.exp()
         logits_BTK: Tensor = query_BTM @ self._rows_KM.T
         return logits_BTK
-
-    def finish(self) -> None:
-        """From now on, answer with every token."""
-        self.tokens_K = torch.arange(len(self.table_VM), device=self.table_VM.device)
-        self._rows_KM = self.table_VM
 
 
 Head = LinearHead | EmbeddingHead

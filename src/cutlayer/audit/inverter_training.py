@@ -20,35 +20,45 @@ from torch.nn.functional import cross_entropy
 from torch.nn.utils.rnn import pad_sequence
 
 from cutlayer.audit.embedding import embedding_table
-from cutlayer.audit.inverter_networks import EmbeddingHead, Head, LinearHead
+from cutlayer.audit.inverter_networks import (
+    EmbeddingHead,
+    GruInverter,
+    Head,
+    LinearHead,
+    MixtureInverter,
+)
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import ConfigError, DataError, NotFinite
 
-__all__ = ["Batch", "Defend", "InverterSettings", "Lesson", "mask_of"]
+__all__ = ["PUBLISHED_INVERTER", "Batch", "Defend", "InverterSettings", "Lesson", "mask_of"]
 
 Defend = Callable[[Tensor], Tensor]
 """What a client does to the activations of one text: (1, T, D) to (1, T, any width)."""
 
 _IGNORED, _UNKNOWN = -100, -1
 _AT_ONCE = 32
+_HELD_AT_MOST = 32
+_POSITIONS_AT_ONCE = 512
 _FEWEST_TEXTS = 8
 _ROWS_TO_MEASURE = 20_000
 
 
 @dataclass(frozen=True)
 class InverterSettings:
-    """How an inverter is trained: as published, unless it is said otherwise."""
+    """How an inverter is trained; `PUBLISHED_INVERTER` has the settings of the paper's code."""
 
-    width: int = 256
+    width: int = 64
     """Of each GRU."""
     dropout: float = 0.1
-    epochs: int = 20
+    epochs: int = 4
     """Of the GRU, or of the mixture's experts."""
-    gate_epochs: int = 15
-    joint_epochs: int = 4
-    batch: int = 6
+    gate_epochs: int = 3
+    joint_epochs: int = 2
+    least_steps: int = 75
+    """Of the GRU or the experts: with few texts, epochs are added."""
+    batch: int = 32
     """Texts a step."""
-    lr: float = 1e-3
+    lr: float = 3e-3
     """Of Adam."""
     weight_decay: float = 1e-5
     standardise: bool = True
@@ -69,6 +79,20 @@ class InverterSettings:
         faults += [] if 0 < self.held_out < 1 else [f"held_out = {self.held_out} (within 0 and 1)"]
         if faults:
             raise ConfigError(f"no inverter can be trained with {', '.join(faults)}")
+
+
+PUBLISHED_INVERTER = InverterSettings(
+    width=256,
+    epochs=20,
+    gate_epochs=15,
+    joint_epochs=4,
+    least_steps=0,
+    batch=6,
+    lr=1e-3,
+    standardise=False,
+    head="linear",
+)
+"""For comparison with papers."""
 
 
 @dataclass(frozen=True)
@@ -99,8 +123,10 @@ class Lesson:
     """Public texts with their activations, to learn from and to choose the best epoch on."""
 
     smashed: list[Tensor]
+    labels: list[Tensor]
+    """What each position of them is to be read as."""
     targets: list[Tensor]
-    """Indices into `tokens_K`."""
+    """The same as indices into `tokens_K`."""
     held: range
     """Which of the texts are held out: the last ones."""
     tokens_K: Tensor
@@ -136,7 +162,15 @@ class Lesson:
             )
         targets = [index_V[label_T] for label_T in labels]
         return cls(
-            smashed, targets, held, tokens_K, public.vocabulary, first_TD.shape[-1], settings, seed
+            smashed,
+            labels,
+            targets,
+            held,
+            tokens_K,
+            public.vocabulary,
+            first_TD.shape[-1],
+            settings,
+            seed,
         )
 
     def head(self, public: PublicModel) -> Head:
@@ -145,6 +179,12 @@ class Lesson:
             return LinearHead(self.settings.width, self.tokens_K)
         table_VM = embedding_table(public)
         return EmbeddingHead(self.settings.width, self.sent_width, self.tokens_K, table_VM)
+
+    @property
+    def epochs(self) -> int:
+        """How many epochs the GRU or the experts are taught."""
+        steps = -(-self.held.start // self.settings.batch)
+        return max(self.settings.epochs, -(-self.settings.least_steps // steps))
 
     def teach(
         self,
@@ -212,15 +252,25 @@ class Lesson:
         return torch.cat(rows).float()
 
     @torch.no_grad()
-    def held_out_recovery(self, network: nn.Module, defends: Sequence[Defend | None]) -> float:
+    def held_out_recovery(
+        self, network: GruInverter | MixtureInverter, defends: Sequence[Defend | None]
+    ) -> float:
         """Return the share of held-out tokens that are read right, on average over defenses."""
+        texts = self.held[:_HELD_AT_MOST]
+        # A row of logits has up to V numbers, so a few texts at a time.
+        size = max(1, _POSITIONS_AT_ONCE // max(len(self.labels[i]) for i in texts))
         right = total = 0
-        for start in range(self.held.start, self.held.stop, _AT_ONCE):
-            batch = self._batch(range(start, min(start + _AT_ONCE, self.held.stop)))
+        network.head.open(True)
+        for start in range(0, len(texts), size):
+            rows = texts[start : start + size]
+            batch = self._batch(rows)
+            truth_N = torch.cat([self.labels[i] for i in rows])
             for defend in defends:
-                ids_BT = network(batch.seen(defend), batch.mask_BT).argmax(-1)
-                right += int((ids_BT == batch.target_BT).sum())
-                total += int(batch.mask_BT.sum())
+                best_BT = network(batch.seen(defend), batch.mask_BT).argmax(-1)
+                found_N = network.head.tokens_K[best_BT[batch.mask_BT]]
+                right += int((found_N == truth_N).sum())
+                total += len(truth_N)
+        network.head.open(False)
         return right / total
 
 

@@ -92,8 +92,13 @@ class _Inversion:
         rows_WE = public.head_VD.detach()
         if few:
             rows_WE = torch.eye(len(rows_WE), dtype=value.dtype, device=value.device)
-        logits_of = (lambda logits: logits) if few else public.head
-        self.codebook = Codebook(rows_WE, value, logits_of, self._metric)
+        self.codebook = Codebook(
+            rows_WE,
+            value,
+            self._metric,
+            logits_of=(lambda logits: logits) if few else public.head,
+            slopes_of=(lambda _logits: None) if few else public.slopes,
+        )
         self.labels_BT = torch.full(value.shape[:2], NO_LABEL, device=value.device)
         self.residual_B = value.new_ones(len(value))
         self.scale = 0.0

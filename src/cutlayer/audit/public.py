@@ -10,6 +10,7 @@ send back. All attacks of this room are built on the three calls of `PublicModel
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -91,7 +92,7 @@ class PublicModel:
             num_layers=skeleton.anatomy.num_layers,
         )
         seam = _Seam(skeleton.anatomy)
-        # Forward-mode derivatives, which label inversion needs, exist for plain attention only.
+        # Derivatives of derivatives, which label inversion needs, exist for plain attention only.
         asked = {"dtype": torch.float32, "attn_implementation": "eager", **settings}
         ends = load_ends(checkpoint, skeleton, cut, seam, **asked)
         return cls(ends, seam, skeleton.anatomy, cut)
@@ -196,8 +197,8 @@ class PublicModel:
         """Return what the head is applied to, (B, T, D): the top's layers and the norm.
 
         Classifiers that pool before their head (BERT) give (B, D); those that apply it everywhere
-        and then pick one position (Llama, GPT-2) give (B, T, D). It is differentiable in both
-        modes.
+        and then pick one position (Llama, GPT-2) give (B, T, D). It is differentiable, twice and
+        forward too.
         """
         caught: list[Tensor] = []
 
@@ -223,8 +224,46 @@ class PublicModel:
         return caught[0]
 
     def head(self, hidden_BTD: Tensor) -> Tensor:
-        """Return the logits, (B, T, V)."""
-        logits: Tensor = self._head(hidden_BTD)
+        """Return the logits, (B, T, V): the head, and what the family does behind it."""
+        raw_BTV: Tensor = self._head(hidden_BTD)
+        return raw_BTV if self._head_is_last else self._behind_head(raw_BTV)
+
+    def slopes(self, hidden_BTD: Tensor) -> Tensor | None:
+        """Return how steeply each logit follows what the head gives, (B, T, V).
+
+        `None` where that is 1: no soft cap and no scale stands behind the head.
+        """
+        if self._head_is_last:
+            return None
+        with torch.enable_grad():
+            raw_BTV = self._head(hidden_BTD).detach().requires_grad_()
+            (slopes_BTV,) = torch.autograd.grad(self._behind_head(raw_BTV).sum(), raw_BTV)
+        return slopes_BTV
+
+    @functools.cached_property
+    def _head_is_last(self) -> bool:
+        if self.pools:
+            return True
+        raw_BTV = torch.linspace(-9, 9, 2 * len(self.head_VD), device=self.device)
+        raw_BTV = raw_BTV.to(self.head_VD.dtype).view(1, 2, -1)
+        return torch.equal(self._behind_head(raw_BTV).detach(), raw_BTV)
+
+    def _behind_head(self, raw_BTV: Tensor) -> Tensor:
+        """Return the model's logits where its head gives `raw_BTV`."""
+        if raw_BTV.dim() == 2:
+            return self._behind_head(raw_BTV.unsqueeze(0)).squeeze(0)
+        handle = self._head.register_forward_hook(lambda _module, _args, _output: raw_BTV)
+        rows, tokens = raw_BTV.shape[:2]
+        ids_BT = torch.zeros(rows, tokens, dtype=torch.long, device=self.device)
+        self._seam.given_BTD = self.head_VD.new_ones(
+            rows, tokens, self.config.get_text_config().hidden_size
+        )
+        try:
+            with bottom_bypassed(self._ends, self._anatomy, self.cut):
+                logits: Tensor = self._ends(input_ids=ids_BT).logits
+        finally:
+            self._seam.given_BTD = None
+            handle.remove()
         return logits
 
     @contextlib.contextmanager
