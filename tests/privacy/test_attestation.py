@@ -314,7 +314,7 @@ class Service:
 
     def token(self, claims: dict[str, Any], **header: Any) -> str:
         """Return a signed token."""
-        times = {"iss": NRAS, "exp": int(time.time()) + 600}
+        times = {"iss": NRAS, "exp": int(time.time()) + 86_400}
         return jwt.encode(
             times | claims, self.key, algorithm="ES384", headers={"kid": "nv-1", **header}
         )
