@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import functools
+import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -74,6 +75,7 @@ def test_clean_activations_are_the_text(folder: Path, ids_BT: Tensor, cut: int):
 
     assert found.trr == found.exact == found.extra["forced"]["trr"] == 1.0
     assert found.verdict == "plaintext"
+    assert json.loads(json.dumps(found.facts()))["verdict"] == "plaintext"
     assert found.extra["candidates_median"] <= 0.1 * public.vocabulary
     assert found.extra["margin_median"] > 1000
 
@@ -262,6 +264,36 @@ def test_a_beam_reads_more_than_one_path(public: PublicModel, table: CandidateTa
         rates.append(found.trr)
 
     assert rates[1] >= rates[0]
+
+
+def test_a_proof_ends_the_doubt(public: PublicModel, table: CandidateTable, ids_BT: Tensor):
+    """Where a match is exact no other text is kept in mind, so that a beam costs nothing."""
+    clean_TD = sent(public, ids_BT[:1])[0]
+
+    one, four = (
+        search(public, clean_TD, SearchSettings(beams=beams, rungs=FEW), table=table)
+        for beams in (1, 4)
+    )
+
+    assert one.ids == four.ids == tuple(ids_BT[0].tolist())
+    assert one.candidates == four.candidates
+
+
+def test_a_search_says_whether_its_matches_were_exact(
+    public: PublicModel, table: CandidateTable, ids_BT: Tensor
+):
+    """Noise that nobody spoke of is noticed, and the text is read all the same."""
+    clean_TD = sent(public, ids_BT[:1])[0]
+    noisy_TD, _sigma = noisy(clean_TD, 0.05)
+
+    clean, disturbed = (
+        search(public, rows_TD, SearchSettings(rungs=FEW), table=table)
+        for rows_TD in (clean_TD, noisy_TD)
+    )
+
+    assert clean.exact
+    assert not disturbed.exact
+    assert clean.ids == disturbed.ids
 
 
 @pytest.mark.parametrize("ratio", [0.1, 0.5, 1.0])

@@ -5,7 +5,9 @@ activations as it wants, and learns the way back. What a client does to its acti
 does to its own before it trains, with the same parameters: only the draw of the noise is secret.
 
 Otherwise than in the published code, each stage of training has one optimizer whose gradients are
-cleared at each step, and the best epoch is chosen on held-out public text, not on the victims.
+cleared at each step, and the best epoch is chosen on held-out public text, not on the victims. By
+default the last layer is not a linear one over the tokens of the public text but a comparison with
+the public embedding: it needs ten times less text, and reads tokens that no public text had.
 
 References:
     SIP and its noise-aware mixture: Chen et al., CCS 2024, https://arxiv.org/abs/2409.00960

@@ -74,6 +74,7 @@ class InverterSettings:
         """Refuse what cannot be trained."""
         counts = ("width", "epochs", "gate_epochs", "joint_epochs", "batch")
         faults = [f"{n} = {getattr(self, n)} (at least 1)" for n in counts if getattr(self, n) < 1]
+        faults += [f"width = {self.width} (a multiple of 4)"] if self.width % 4 else []
         faults += [] if self.lr > 0 else [f"lr = {self.lr} (above 0)"]
         faults += [] if self.head in ("embedding", "linear") else [f"head = '{self.head}'"]
         faults += [] if 0 < self.held_out < 1 else [f"held_out = {self.held_out} (within 0 and 1)"]
@@ -120,7 +121,11 @@ class Batch:
 
 @dataclass(frozen=True)
 class Lesson:
-    """Public texts with their activations, to learn from and to choose the best epoch on."""
+    """Public texts with their activations, to learn from and to choose the best epoch on.
+
+    The activations are kept, as running the bottom costs more than a step of training does; that
+    is 4 x D bytes a token.
+    """
 
     smashed: list[Tensor]
     labels: list[Tensor]

@@ -100,7 +100,7 @@ class _Inversion:
             slopes_of=(lambda _logits: None) if few else public.slopes,
         )
         self.labels_BT = torch.full(value.shape[:2], NO_LABEL, device=value.device)
-        self.residual_B = value.new_ones(len(value))
+        self.residual_B = value.new_full((len(value),), torch.inf)
         self.scale = 0.0
         self.iterations = self._bettered = 0
         self.proven_B = torch.zeros(len(value), dtype=torch.bool, device=value.device)
@@ -139,7 +139,8 @@ class _Inversion:
         rest_BTD = self._grad_BTD - scale * back_BTD
         residual_B = _row_norm(rest_BTD) / _row_norm(self._grad_BTD).clamp_min(TINY)
         # What differs by less says nothing: rounding decides.
-        better_B = residual_B < (1 - 1e-3) * self.residual_B
+        slack_B = (1e-3 * self.residual_B).clamp_max(_ROUNDING)
+        better_B = residual_B < self.residual_B - slack_B
         if not better_B.any():
             return
         self.labels_BT[better_B] = labels_BT[better_B]
@@ -245,7 +246,8 @@ def invert_labels(
         )
         given = prior[rows].to(device) if isinstance(prior, Tensor) else prior
         pieces[-1].run(iterations, tolerance, ridge, given)
-    residual_B = torch.cat([piece.residual_B for piece in pieces])
+    # Of rows of which nothing could be read nothing is explained.
+    residual_B = torch.cat([piece.residual_B for piece in pieces]).nan_to_num(posinf=1.0)
     return Inverted(
         labels_BT=torch.cat([piece.in_form(piece.labels_BT) for piece in pieces]),
         likely_BT=torch.cat([piece.in_form(piece.codebook.likely()) for piece in pieces]),

@@ -162,7 +162,7 @@ class _Trial:
         self.totals_V = self.distances_V.clone()
         self.tried_V = torch.zeros_like(self.distances_V, dtype=torch.bool)
         self.evaluated = 0
-        self.proven = False
+        self.proven = self.refuted = False
         self._run()
         self.order = self.totals_V.argsort()
 
@@ -175,8 +175,7 @@ class _Trial:
                 sent_VD = self._try(every_V)
                 if len(view.settings.rungs) > 1:
                     table.learn(prefix, sent_VD)
-                if float(self.distances_V.amin()) > view.eps:
-                    view.eps = 0.0  # the right token was among them: no distance is a proof here
+                self.refuted = float(self.distances_V.amin()) > view.eps
                 return
             if not shifts:
                 shifts = table.shifts(prefix)
@@ -257,6 +256,11 @@ def run_search(
             before_T = torch.tensor(path.prefix.ids, dtype=torch.long, device=public.device)
             log_prior_V = prior(before_T) if prior and settings.score == "map" else None
             trials.append(_Trial(path, view, table, log_prior_V))
+            if trials[-1].proven:
+                paths, trials = [path], trials[-1:]
+                break
+        if all(trial.refuted for trial in trials):
+            view.eps = 0.0  # the right token was among them: no distance is a proof here
         found = sorted(
             (path.total + total, number, token)
             for number, (path, trial) in enumerate(zip(paths, trials, strict=True))
@@ -268,8 +272,9 @@ def run_search(
         margins.append(best.margin())
         candidates.append(sum(trial.evaluated for trial in trials))
         if truth is None:
-            kept = found[:1] if best.proven else found
-            paths = [paths[number].grown(token, view, total) for total, number, token in kept]
+            if best.proven:
+                found = found[:1]
+            paths = [paths[number].grown(token, view, total) for total, number, token in found]
         else:
             paths = [paths[0].grown(int(truth[position]), view)]
     # A beam may find only later which of its texts was the better one from the beginning.
@@ -290,7 +295,8 @@ def calibrated(
     Args:
         public: The model.
         settings: How to search.
-        samples: Public texts, (T,) each; random tokens if none.
+        samples: Public texts, (T,) each, of which the beginning of four is used; random tokens if
+            none.
     """
     if settings.eps is not None:
         return settings
@@ -299,6 +305,7 @@ def calibrated(
     generator = torch.Generator().manual_seed(1)
     if not len(samples):
         samples = list(torch.randint(public.vocabulary, (2, 12), generator=generator))
+    samples = [ids_T[:24] for ids_T in samples[:4]]
     others_N = torch.randint(public.vocabulary, (32,), generator=generator).to(public.device)
     right, wrong = [], []
     for ids_T in samples:
