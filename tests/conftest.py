@@ -27,6 +27,12 @@ def quiet_and_single_threaded() -> None:
     transformers.logging.disable_progress_bar()
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Begin each test at the same seed, whatever ran before it."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that writes a tiny model to a folder, once a type and setting."""

@@ -22,7 +22,7 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor
-from torch.nn.functional import cosine_similarity, cross_entropy
+from torch.nn.functional import cosine_similarity, cross_entropy, normalize, one_hot
 
 from cutlayer.audit.embedding import embedding_table, replay
 from cutlayer.audit.finding import Finding, Recovered
@@ -65,7 +65,7 @@ class Descent:
 
 @dataclass(frozen=True)
 class BisrSettings:
-    """The published settings, by default those for Llama-2."""
+    """Settings of all stages: by default the published ones for Llama-2, but for `decode`."""
 
     embedding: Descent = Descent(72_000, 0.09)
     """Of EIA; it is stopped earlier where it stands still."""
@@ -76,12 +76,17 @@ class BisrSettings:
     """What the inverter's logits are divided by before (b) begins."""
     squared_share: float = 0.85
     """Of squared against absolute differences in (b)."""
+    decode: Literal["cosine", "product"] = "cosine"
+    """How (f) finds the nearest token. The published product favours tokens of long embeddings: on
+    SmolLM2, where lengths differ, it gives less back than there was to begin with."""
 
 
 PUBLISHED: dict[str, BisrSettings] = {
-    "llama-2": BisrSettings(),
-    "chatglm": BisrSettings(forward=Descent(800, 5e-3, 0.01)),
-    "gpt2-large": BisrSettings(forward=Descent(800, 1e-2, 0.01), backward=Descent(32, 0.09)),
+    "llama-2": BisrSettings(decode="product"),
+    "chatglm": BisrSettings(forward=Descent(800, 5e-3, 0.01), decode="product"),
+    "gpt2-large": BisrSettings(
+        forward=Descent(800, 1e-2, 0.01), backward=Descent(32, 0.09), decode="product"
+    ),
     "tag": BisrSettings(backward=Descent(300, 0.09)),
 }
 """As in the authors' scripts, by the model that they attacked; `tag` is (b) without a start."""
@@ -101,7 +106,7 @@ def embedding_inversion(
     Args:
         public: The model.
         smashed_TD: What was sent for one text.
-        settings: As published if none are given.
+        settings: As published for Llama-2 if none are given.
         tried_K: The tokens that may be mixed; all if none are given, at a cost of T x V each step.
         patience: Stop when the loss has not fallen by a thousandth for so many steps.
         seed: Of the start.
@@ -138,7 +143,7 @@ def smashed_matching(
         public: The model.
         smashed_TD: What was sent for one text.
         start_T: The tokens to begin with.
-        settings: As published if none are given.
+        settings: As published for Llama-2 if none are given.
     """
     settings = settings or BisrSettings()
     table_VD = embedding_table(public)
@@ -147,8 +152,8 @@ def smashed_matching(
     for _ in range(settings.forward.steps):
         sent_TD = replay(public, guess_TD)
         _step(optimizer, guess_TD, 1 - cosine_similarity(sent_TD, smashed_TD, dim=-1).mean())
-    # By the product and not the cosine, as published.
-    return (guess_TD.detach() @ table_VD.T).argmax(-1)
+    rows_VD = normalize(table_VD, dim=-1) if settings.decode == "cosine" else table_VD
+    return (guess_TD.detach() @ rows_VD.T).argmax(-1)
 
 
 def gradient_matching(
@@ -171,7 +176,7 @@ def gradient_matching(
         gradient_TD: What went up for it.
         start_TV: Logits to begin with, -inf allowed; random ones if none are given (TAG).
         labels: How many labels the client's mean was over; those of this text if none is given.
-        settings: As published if none are given.
+        settings: As published for Llama-2 if none are given.
         seed: Of the random start.
     """
     settings = settings or BisrSettings()
@@ -219,7 +224,7 @@ def bisr(
         gradient_TD: What went up for it; (b) needs it.
         stages: Which of (b) and (f) are run, in this order; none leaves the inverter's answer.
         labels: As for `gradient_matching`.
-        settings: As published if none are given.
+        settings: As published for Llama-2 if none are given.
 
     Raises:
         ConfigError: If a stage is unknown or lacks what it matches.
@@ -242,7 +247,7 @@ def bisr(
             )
         elif stage == "f":
             ids_T = smashed_matching(public, smashed_TD, scores_TV.argmax(-1), settings=settings)
-            scores_TV = torch.nn.functional.one_hot(ids_T, public.vocabulary).float()
+            scores_TV = one_hot(ids_T, public.vocabulary).float()
         else:
             raise ConfigError(f"'{stage}' is no stage of BiSR: it has 'b' and 'f'")
     return scores_TV.argmax(-1)
@@ -271,7 +276,7 @@ def bidirectional_recovery(
         gradients: What went up for each, (T, D).
         stages: As for `bisr`.
         labels: As for `gradient_matching`.
-        settings: As published if none are given.
+        settings: As published for Llama-2 if none are given.
 
     Raises:
         ConfigError: As `bisr`.
