@@ -8,7 +8,9 @@
     ├── ConnectionFailed     exit 5    the server cannot be reached, or fell silent
     │   └── TLSError         exit 5    certificates, names, authorities
     ├── Refused              exit 6    the other side said no, and says why
-    │   └── ProtocolError    exit 6    a frame that breaks the protocol
+    │   ├── ProtocolError    exit 6    a frame that breaks the protocol
+    │   ├── Unauthorized     exit 6    no token or certificate that the server lets in
+    │   └── OverQuota        exit 6    more than the tenant may use, with both numbers
     ├── NotFinite            exit 7    NaN or infinity, in the loss or in an activation
     ├── StorageError         exit 8    a disk that is full or cannot be written
     └── PrivacyError         exit 9    a promise of privacy that cannot be kept
@@ -34,11 +36,13 @@ __all__ = [
     "DataError",
     "ModelError",
     "NotFinite",
+    "OverQuota",
     "PrivacyError",
     "ProtocolError",
     "Refused",
     "StorageError",
     "TLSError",
+    "Unauthorized",
 ]
 
 
@@ -100,6 +104,18 @@ class ProtocolError(Refused):
     """A frame broke the protocol."""
 
     code = "protocol"
+
+
+class Unauthorized(Refused):
+    """The server does not know who asks, or lets it in no more; it never says which."""
+
+    code = "unauthorized"
+
+
+class OverQuota(Refused):
+    """A tenant asked for more than it may use."""
+
+    code = "over_quota"
 
 
 class NotFinite(CutlayerError, ArithmeticError):

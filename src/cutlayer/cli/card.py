@@ -20,7 +20,7 @@ def write_card(folder: Path, settings: Run, trainer: Any, model: Any) -> None:
         StorageError: If it cannot be written.
     """
     split = dataclasses.asdict(settings.split)
-    for secret in ("server", "ca", "cert", "key"):
+    for secret in ("server", "ca", "cert", "key", "token_file"):
         split.pop(secret)
     traffic, sft, lora = model.connection.traffic, settings.sft, model.plan.config
     library = "\n".join(

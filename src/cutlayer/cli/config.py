@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import re
 import types
 import typing
@@ -45,6 +46,8 @@ class SplitConfig:
     """Our certificate, for mutual TLS."""
     key: str | None = None
     """The key of our certificate."""
+    token_file: str | None = None
+    """A file with the bearer token by which the server knows us; CUTLAYER_TOKEN goes before it."""
     plaintext: bool = False
     """Use no TLS."""
     codec: str = "raw"
@@ -230,6 +233,8 @@ def connect_settings(run: Run) -> dict[str, Any]:
     folder = re.sub(r"[^A-Za-z0-9._-]", "-", Path(run.sft.output_dir).resolve().name)
     return {
         **split,
+        # Not a key and no flag: a command line can be read by everybody on the machine.
+        "token": os.environ.get("CUTLAYER_TOKEN") or None,
         "train": parts_of(run),
         "defenses": defenses_of(run),
         "run": run.split.run or folder.lstrip("._-")[:64] or None,

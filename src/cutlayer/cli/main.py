@@ -18,6 +18,7 @@ __all__ = ["main"]
 VERBS = {
     "certs": "make the certificates with which client and server trust each other",
     "serve": "hold the trunk of a model and train tenants' adapters on it",
+    "tenants": "add, list, rotate and revoke those who may use this server",
     "preview": "show what a run would train on, send and need; nothing is sent",
     "doctor": "check server, certificates, versions, weights, cut and link before a run",
     "train": "fine-tune through the split",
@@ -98,7 +99,7 @@ def _overrides(
 def _missing_extra(error: ModuleNotFoundError, verb: str) -> CutlayerError:
     from cutlayer.errors import ConfigError
 
-    extra = {"serve": "server", "audit": "train,audit,dp"}.get(verb, "train")
+    extra = {"serve": "server", "tenants": "server", "audit": "train,audit,dp"}.get(verb, "train")
     if error.name in ("scipy", "dp_accounting", "opacus"):
         extra = "dp" if verb != "audit" else extra
     return ConfigError(

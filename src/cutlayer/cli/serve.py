@@ -25,6 +25,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--tls_key", help="the server's private key, instead of --certs")
     add("--tls_client_ca", help="let only clients in whose certificate this authority signed")
     add("--mutual_tls", action="store_true", help="the same with the authority of --certs")
+    add(
+        "--auth",
+        choices=("none", "tls", "token", "both"),
+        help="how tenants are known: by client "
+        "certificate (tls), by bearer token, or both (default: tls with --mutual_tls, else none)",
+    )
     add("--plaintext", action="store_true", help="no TLS: everybody on the way can read the text")
     add("--task", default="causal-lm", choices=("causal-lm", "sequence-classification"))
     add("--dtype", default="float32", help="of the trunk's weights (default: float32)")
@@ -44,7 +50,8 @@ def run(args: argparse.Namespace) -> int:
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settle(args.threads)
-    credentials = None if args.plaintext else server_credentials(*_tls_files(args))
+    auth = _auth(args)
+    credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
     server = make_server(
         args.model_name_or_path,
         revision=args.model_revision,
@@ -59,6 +66,7 @@ def run(args: argparse.Namespace) -> int:
         attn_implementation=args.attn_implementation,
         device=args.device,
         keep_adapter=args.keep_adapter,
+        auth=auth,
         limits=Limits(max_sessions=args.max_sessions),
     )
     stop = threading.Event()
@@ -75,16 +83,34 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _tls_files(args: argparse.Namespace) -> tuple[Path, Path, Path | None]:
+def _auth(args: argparse.Namespace) -> str:
+    """Return how tenants are known, once the flags agree."""
+    by_certificate = bool(args.mutual_tls or args.tls_client_ca)
+    auth: str = args.auth or ("tls" if by_certificate else "none")
+    if by_certificate and auth in ("none", "token"):
+        raise ConfigError(
+            f"--auth {auth} takes no client certificates: use --auth both for certificate and "
+            "token, or leave out --mutual_tls and --tls_client_ca"
+        )
+    if args.plaintext and auth != "none":
+        raise ConfigError(
+            f"--auth {auth} needs TLS: without it everybody on the way could use the same token; "
+            "leave out --plaintext"
+        )
+    return auth
+
+
+def _tls_files(args: argparse.Namespace, auth: str) -> tuple[Path, Path, Path | None]:
+    by_certificate = auth in ("tls", "both")
     certs = Path(args.certs) if args.certs else None
     cert = args.tls_cert or (certs and certs / "server.pem")
     key = args.tls_key or (certs and certs / "server.key")
-    ca = args.tls_client_ca or (certs / "ca.pem" if args.mutual_tls and certs else None)
+    ca = args.tls_client_ca or (certs / "ca.pem" if by_certificate and certs else None)
     if not cert or not key:
         raise ConfigError(
             "TLS needs a certificate: give --certs (made by 'cutlayer certs init'), or --tls_cert "
             "and --tls_key; --plaintext goes without"
         )
-    if args.mutual_tls and not ca:
-        raise ConfigError("--mutual_tls needs an authority: give --certs or --tls_client_ca")
+    if by_certificate and not ca:
+        raise ConfigError(f"--auth {auth} needs an authority: give --certs or --tls_client_ca")
     return Path(cert), Path(key), Path(ca) if ca else None

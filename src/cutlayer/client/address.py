@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import stat
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import grpc
@@ -10,7 +11,7 @@ import grpc
 from cutlayer.errors import ConfigError
 from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES
 
-__all__ = ["Address"]
+__all__ = ["Address", "plain_token", "read_token", "refuse_readable_by_others"]
 
 
 @dataclass(frozen=True)
@@ -27,6 +28,31 @@ class Address:
     """The key of that certificate."""
     plaintext: bool = False
     """No TLS at all: everybody on the way reads the activations, which are the text."""
+    token: str | None = field(default=None, repr=False)
+    """The bearer token by which the server knows us; it is sent over TLS only."""
+
+    @classmethod
+    def of(
+        cls,
+        server: str,
+        ca: str | Path | None = None,
+        cert: str | Path | None = None,
+        key: str | Path | None = None,
+        token_file: str | Path | None = None,
+        token: str | None = None,
+        plaintext: bool = False,
+    ) -> Address:
+        """Return an address, its files named and its token read.
+
+        Raises:
+            ConfigError: If the token's file is missing, can be read by others or holds none.
+        """
+        if token is not None:
+            token = plain_token(token, "the token")
+        elif token_file is not None:
+            token = read_token(Path(token_file))
+        authority, ours, secret = (Path(given) if given else None for given in (ca, cert, key))
+        return cls(server, authority, ours, secret, plaintext=plaintext, token=token)
 
     def host_and_port(self) -> tuple[str, int]:
         """Return the two parts.
@@ -43,17 +69,31 @@ class Address:
         """Return the channel's credentials, `None` for plaintext.
 
         Raises:
-            ConfigError: If a file is missing, or only one of certificate and key is given.
+            ConfigError: If a file is missing, only one of certificate and key is given, others can
+                read the key, or a token would be sent in plaintext.
         """
         if self.plaintext:
+            if self.token:
+                raise ConfigError(
+                    "a token is sent over TLS only: leave out split_plaintext, or the token "
+                    "(split_token_file, CUTLAYER_TOKEN)"
+                )
             return None
         if (self.cert is None) != (self.key is None):
             raise ConfigError("split_cert and split_key go together: give both or neither")
         for name, path in (("ca", self.ca), ("cert", self.cert), ("key", self.key)):
             if path is not None and not path.is_file():
                 raise ConfigError(f"split_{name} '{path}' does not exist: check the path")
-        return grpc.ssl_channel_credentials(
+        if self.key is not None:
+            refuse_readable_by_others("split_key", self.key)
+        secured = grpc.ssl_channel_credentials(
             *(path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+        )
+        if not self.token:
+            return secured
+        # gRPC puts it in the metadata of every call, and of none that is not over TLS.
+        return grpc.composite_channel_credentials(
+            secured, grpc.access_token_call_credentials(self.token)
         )
 
     def open_channel(self) -> grpc.Channel:
@@ -75,3 +115,38 @@ class Address:
         if credentials is None:
             return grpc.insecure_channel(target, options=options)
         return grpc.secure_channel(target, credentials, options=options)
+
+
+def read_token(path: Path) -> str:
+    """Return the token in a file.
+
+    Raises:
+        ConfigError: If the file is missing, others can read it, or it holds no token.
+    """
+    try:
+        text = path.read_text().strip()
+    except (OSError, UnicodeDecodeError):
+        raise ConfigError(f"split_token_file '{path}' cannot be read: check the path") from None
+    refuse_readable_by_others("split_token_file", path)
+    return plain_token(text, f"split_token_file '{path}'")
+
+
+def plain_token(text: str, where: str) -> str:
+    """Return a token as it is sent.
+
+    Raises:
+        ConfigError: If it cannot be one.
+    """
+    if not text.isascii() or not text.isprintable() or not text or " " in text:
+        raise ConfigError(f"{where} holds no token: it is one line, as 'cutlayer tenants add' says")
+    return text
+
+
+def refuse_readable_by_others(name: str, path: Path) -> None:
+    """Refuse a secret that other accounts of this machine can read.
+
+    Raises:
+        ConfigError: Saying how to close it.
+    """
+    if path.stat().st_mode & (stat.S_IRWXG | stat.S_IRWXO):
+        raise ConfigError(f"{name} '{path}' can be read by others: run 'chmod 600 {path}'")

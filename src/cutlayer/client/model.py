@@ -226,6 +226,8 @@ def connect(
     ca: str | Path | None = None,
     cert: str | Path | None = None,
     key: str | Path | None = None,
+    token_file: str | Path | None = None,
+    token: str | None = None,
     plaintext: bool = False,
     codec: str = "raw",
     chunks: int = 1,
@@ -262,6 +264,8 @@ def connect(
         ca: The authority that signed the server's certificate.
         cert: Our certificate, for mutual TLS.
         key: The key of our certificate.
+        token_file: Holds the bearer token by which the server knows us.
+        token: The token itself, in place of its file.
         plaintext: Use no TLS: everybody on the way reads what is sent.
         codec: How activations and gradients are written; `raw` is bit-exact.
         chunks: Into how many micro-chunks a training batch is cut; 1 is bit-exact.
@@ -290,14 +294,11 @@ def connect(
     for name, value in config_overrides.items():
         setattr(checkpoint.config, name, value)
     skeleton = skeleton_of(checkpoint.config, task)
-    cut = Cut.leaving(
-        bottom_layers=bottom_layers,
-        top_layers=top_layers,
-        num_layers=skeleton.anatomy.num_layers,
-    )
+    layers = skeleton.anatomy.num_layers
+    cut = Cut.leaving(bottom_layers=bottom_layers, top_layers=top_layers, num_layers=layers)
     plan = _plan(skeleton, peft_config, cut, train, seed, model)
     connection = Connection(
-        Address(server, _path(ca), _path(cert), _path(key), plaintext=plaintext),
+        Address.of(server, ca, cert, key, token_file, token, plaintext),
         connect_timeout_s=connect_timeout_s,
         idle_timeout_s=idle_timeout_s,
     )
@@ -346,10 +347,6 @@ def _defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> Non
                 return _apply(output)
 
             ends.get_input_embeddings().register_forward_hook(defended)
-
-
-def _path(given: str | Path | None) -> Path | None:
-    return Path(given) if given else None
 
 
 def _check(codec: str, chunks: int, dtype: str) -> None:

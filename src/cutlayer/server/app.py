@@ -15,10 +15,12 @@ from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
 from cutlayer.errors import ConfigError
-from cutlayer.server.access import Limits
+from cutlayer.server.access import Gate, Limits
+from cutlayer.server.database import Journal
 from cutlayer.server.service import SERVICE, TrunkService
 from cutlayer.server.sessions import Sessions
 from cutlayer.server.store import Store
+from cutlayer.server.tenants import Register
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.split.cut import Cut
 from cutlayer.split.loading import (
@@ -46,6 +48,7 @@ class Server:
 
     grpc_server: grpc.Server
     sessions: Sessions
+    gate: Gate
     health: health.HealthServicer
     port: int
 
@@ -53,6 +56,7 @@ class Server:
         """Take no new work, finish the requests in flight, keep what is to be kept."""
         self.health.enter_graceful_shutdown()
         self.grpc_server.stop(grace_s).wait()
+        self.gate.stop()
         self.sessions.stop()
 
 
@@ -71,6 +75,7 @@ def make_server(
     attn_implementation: str | None = None,
     device: str = "cpu",
     keep_adapter: bool = False,
+    auth: str = "none",
     limits: Limits | None = None,
 ) -> Server:
     """Load a trunk and serve it.
@@ -89,6 +94,8 @@ def make_server(
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
         device: Where the trunk computes.
         keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
+        auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
+            authority for clients.
         limits: What a tenant may ask.
 
     Raises:
@@ -126,11 +133,16 @@ def make_server(
     )
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")
-    return _listen(sessions, offer, f"{host}:{port}", credentials)
+    gate = Gate(Register(Journal(state_dir)), auth)
+    return _listen(sessions, offer, gate, f"{host}:{port}", credentials)
 
 
 def _listen(
-    sessions: Sessions, offer: pb.Offer, address: str, credentials: grpc.ServerCredentials | None
+    sessions: Sessions,
+    offer: pb.Offer,
+    gate: Gate,
+    address: str,
+    credentials: grpc.ServerCredentials | None,
 ) -> Server:
     server = grpc.server(
         ThreadPoolExecutor(_STREAMS, thread_name_prefix="grpc"),
@@ -144,7 +156,7 @@ def _listen(
         maximum_concurrent_rpcs=2 * _STREAMS,
     )
     servicer = health.HealthServicer()
-    server.add_generic_rpc_handlers((TrunkService(sessions, offer),))
+    server.add_generic_rpc_handlers((TrunkService(sessions, offer, gate),))
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(
         (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server
@@ -162,4 +174,4 @@ def _listen(
     server.start()
     for name in ("", SERVICE):
         servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, sessions, servicer, port)
+    return Server(server, sessions, gate, servicer, port)

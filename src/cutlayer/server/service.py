@@ -14,7 +14,7 @@ from typing import Any
 import grpc
 
 from cutlayer.errors import CutlayerError, ProtocolError
-from cutlayer.server.access import tenant_of
+from cutlayer.server.access import Gate
 from cutlayer.server.sessions import Reply, Session, Sessions
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
@@ -30,8 +30,9 @@ _WORKING_EVERY_S = 2.0
 class TrunkService(grpc.GenericRpcHandler):
     """Serve the methods of `service Trunk` in cutlayer.proto."""
 
-    def __init__(self, sessions: Sessions, offer: pb.Offer) -> None:
+    def __init__(self, sessions: Sessions, offer: pb.Offer, gate: Gate) -> None:
         self._sessions = sessions
+        self._gate = gate
         self._offer = offer
         unary: dict[str, tuple[Callable[..., Any], Any]] = {
             "Describe": (self._describe, pb.DescribeRequest),
@@ -54,13 +55,14 @@ class TrunkService(grpc.GenericRpcHandler):
         """Return the handler of a method, for gRPC."""
         return self._handlers.get(handler_call_details.method)
 
-    def _describe(self, _asked: pb.DescribeRequest, _context: grpc.ServicerContext) -> pb.Offer:
+    def _describe(self, _asked: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
+        self._gate.tenant_of(context)
         return self._offer
 
     def _open(
         self, asked: pb.OpenSessionRequest, context: grpc.ServicerContext
     ) -> pb.OpenSessionReply:
-        session = self._sessions.open(tenant_of(context), asked)
+        session = self._sessions.open(self._gate.tenant_of(context), asked)
         return pb.OpenSessionReply(
             session=session.identifier,
             parameters=[
@@ -73,7 +75,7 @@ class TrunkService(grpc.GenericRpcHandler):
     def _close(
         self, asked: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionReply:
-        self._sessions.close(self._sessions.get(tenant_of(context), asked.session))
+        self._sessions.close(self._sessions.get(self._gate.tenant_of(context), asked.session))
         return pb.CloseSessionReply()
 
     def _exchange(
@@ -82,13 +84,14 @@ class TrunkService(grpc.GenericRpcHandler):
         try:
             metadata = {item[0]: item[1] for item in context.invocation_metadata()}
             identifier = str(metadata.get("cutlayer-session", ""))
-            session = self._sessions.get(tenant_of(context), identifier)
+            session = self._sessions.get(self._gate.tenant_of(context), identifier)
         except CutlayerError as error:
             yield from frames_of(_failure(error), [])
             return
         stream = _Stream(self._sessions, session, requests)
         try:
-            yield from stream.replies()
+            with self._gate.watching(context, stream.refuse):
+                yield from stream.replies()
         finally:
             self._sessions.close(session)
 
@@ -122,6 +125,11 @@ class _Stream:
             # A tenant that is silent from here on must not keep its last tensors alive.
             del reply
             self._room.release()
+
+    def refuse(self, error: CutlayerError) -> None:
+        """Tell the client why it is not served any more, and end the stream."""
+        self._outgoing.put((_failure(error), []))
+        self._outgoing.put(None)
 
     def _read(self) -> None:
         assembler = Assembler(max_message_bytes=self._session.limits.max_message_bytes)

@@ -21,7 +21,8 @@ from torch import Tensor
 
 from cutlayer.errors import ConfigError, CutlayerError, NotFinite, ProtocolError, Refused
 from cutlayer.server.access import Limits
-from cutlayer.server.store import State, Store, is_plain_name
+from cutlayer.server.names import is_plain_name
+from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import OPTIMIZERS, Group, SharedTrunk, TenantTrunk
 from cutlayer.server.worker import TrunkThread, give_memory_back
 from cutlayer.split.adapters import LoraTarget, TrunkLora

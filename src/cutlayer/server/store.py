@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,16 +20,11 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from cutlayer.errors import Refused, StorageError
+from cutlayer.server.names import is_plain_name
 
-__all__ = ["State", "Store", "is_plain_name"]
+__all__ = ["State", "Store"]
 
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _KEPT_STATES = 2
-
-
-def is_plain_name(name: str) -> bool:
-    """Say whether a name can stand for a folder: letters, digits, `.`, `_`, `-`, at most 64."""
-    return _PLAIN.fullmatch(name) is not None
 
 
 @dataclass(frozen=True)
