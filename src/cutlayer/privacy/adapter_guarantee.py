@@ -8,77 +8,13 @@ References:
 
 from __future__ import annotations
 
-import contextlib
-import functools
-import logging
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 
 from cutlayer.errors import ConfigError
+from cutlayer.privacy.accountant import epsilon_of_adapter, rdp_of_adapter
 
-__all__ = ["Guarantee", "epsilon_of", "noise_multiplier_for", "planned_noise"]
-
-_MEANINGLESS = 1e4
-"""An epsilon above which the upper bound is as good as the tight one, which takes for ever."""
-
-
-@functools.lru_cache(maxsize=256)
-def epsilon_of(
-    noise_multiplier: float,
-    *,
-    sample_rate: float,
-    steps: int,
-    delta: float,
-    accountant: str = "pld",
-) -> float:
-    """Return the epsilon of so many steps of the Poisson-sampled Gaussian mechanism.
-
-    Neighbours differ in one example that is there or not.
-
-    Args:
-        noise_multiplier: Standard deviation of the noise on the sum, in units of the clip.
-        sample_rate: The probability with which each example is in a batch.
-        steps: How many batches.
-        delta: The delta at which to give epsilon.
-        accountant: `pld`, tight to four digits, or `rdp`, an upper bound.
-
-    Raises:
-        ConfigError: If no accountant is installed.
-    """
-    if steps == 0:
-        return 0.0
-    if noise_multiplier == 0:
-        return math.inf
-    try:
-        import dp_accounting
-        from dp_accounting.pld.pld_privacy_accountant import PLDAccountant
-        from dp_accounting.rdp.rdp_privacy_accountant import RdpAccountant
-    except ImportError as error:
-        raise ConfigError("an epsilon needs an accountant: pip install 'cutlayer[dp]'") from error
-    step = dp_accounting.PoissonSampledDpEvent(
-        sample_rate, dp_accounting.GaussianDpEvent(noise_multiplier)
-    )
-    event = dp_accounting.SelfComposedDpEvent(step, steps)
-    with _quiet("absl"):  # orders that do not converge are left out, which keeps the bound true
-        rdp = float(RdpAccountant().compose(event).get_epsilon(delta))
-    if accountant == "rdp" or rdp > _MEANINGLESS:
-        return rdp
-    # The grid follows epsilon, and PLD rounds up on it: a fixed one is slow for a large epsilon
-    # and coarse for a small one.
-    books = PLDAccountant(value_discretization_interval=max(rdp * 1e-4, 1e-7))
-    return float(books.compose(event).get_epsilon(delta))
-
-
-@contextlib.contextmanager
-def _quiet(name: str) -> Iterator[None]:
-    logger = logging.getLogger(name)
-    level = logger.level
-    logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+__all__ = ["Guarantee", "noise_multiplier_for", "planned_noise"]
 
 
 def noise_multiplier_for(epsilon: float, *, sample_rate: float, steps: int, delta: float) -> float:
@@ -91,13 +27,8 @@ def noise_multiplier_for(epsilon: float, *, sample_rate: float, steps: int, delt
     """
 
     def excess(noise_multiplier: float, accountant: str) -> float:
-        found = epsilon_of(
-            noise_multiplier,
-            sample_rate=sample_rate,
-            steps=steps,
-            delta=delta,
-            accountant=accountant,
-        )
+        asked = (noise_multiplier, sample_rate, steps, delta)
+        found = rdp_of_adapter(*asked) if accountant == "rdp" else epsilon_of_adapter(*asked).pld
         return min(found, 1e6) - epsilon
 
     from scipy.optimize import brentq
@@ -134,11 +65,11 @@ def planned_noise(
     Raises:
         ConfigError: If the noise does not keep to epsilon, or no accountant is installed.
     """
-    asked = {"sample_rate": rate, "steps": max_steps or 1, "delta": delta}
+    steps = max_steps or 1
     if noise_multiplier is None:
         assert epsilon is not None
-        return noise_multiplier_for(epsilon, **asked)  # type: ignore[arg-type]
-    spent = epsilon_of(noise_multiplier, accountant="pld", **asked)  # type: ignore[arg-type]
+        return noise_multiplier_for(epsilon, sample_rate=rate, steps=steps, delta=delta)
+    spent = epsilon_of_adapter(noise_multiplier, rate, steps, delta).pld
     if epsilon is not None and spent > epsilon:
         raise ConfigError(
             f"noise_multiplier={noise_multiplier} spends epsilon {spent:.3f} over {max_steps} "

@@ -42,8 +42,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from cutlayer.errors import BudgetExhausted, ConfigError, NotFinite, PrivacyError
-from cutlayer.privacy.adapter_guarantee import Guarantee, epsilon_of, planned_noise
+from cutlayer.errors import BudgetExhausted, ConfigError, NotFinite
+from cutlayer.privacy.accountant import epsilon_of_adapter
+from cutlayer.privacy.adapter_guarantee import Guarantee, planned_noise
 from cutlayer.privacy.examples import (
     CollateOrEmpty,
     PoissonBatches,
@@ -157,19 +158,12 @@ class PrivateTraining:
         Raises:
             PrivacyError: If the two accountants contradict each other.
         """
-        asked = {"sample_rate": self._sample_rate, "steps": self.steps, "delta": self._delta}
-        pld, rdp = (
-            epsilon_of(self.noise_multiplier, accountant=kind, **asked)  # type: ignore[arg-type]
-            for kind in ("pld", "rdp")
+        found = epsilon_of_adapter(
+            self.noise_multiplier, self._sample_rate, self.steps, self._delta
         )
-        if pld > rdp:
-            raise PrivacyError(
-                f"the accountants contradict each other: epsilon {pld:.4f} by PLD is above the "
-                f"upper bound {rdp:.4f} by RDP; do not release the adapter, and report this"
-            )
         return Guarantee(
-            epsilon=pld,
-            epsilon_rdp=rdp,
+            epsilon=found.pld,
+            epsilon_rdp=found.rdp,
             delta=self._delta,
             noise_multiplier=self.noise_multiplier,
             clip=self.optimizer.max_grad_norm,
