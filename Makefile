@@ -38,7 +38,7 @@ test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the 
 	.venv-lowest/bin/python -m pip install --quiet transformers==5.17.0 peft==0.21.0 \
 	    "trl==1.16.0" "datasets==5.0.0" "accelerate==1.15.0" "grpcio==1.76.0" \
 	    "grpcio-health-checking==1.76.0" "grpcio-reflection==1.76.0" "protobuf==6.31.1" \
-	    "cryptography==44.0.0" "rich==14.0.0" "scipy==1.15.0" "rouge-score==0.1.2" \
+	    "cryptography==44.0.0" "prometheus-client==0.22.0" "rich==14.0.0" "scipy==1.15.0" "rouge-score==0.1.2" \
 	    "dp-accounting==0.6.0" "opacus==1.6.0" "shamirs==4.0.0" "jinja2==3.1.0" \
 	    "dcap-qvl==0.7.0" "pyjwt[crypto]==2.10.0" "safetensors==0.8.0" "pyyaml==6.0.2" \
 	    --group dev

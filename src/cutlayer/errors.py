@@ -13,6 +13,7 @@
     │   └── OverQuota        exit 6    more than the tenant may use, with both numbers
     ├── NotFinite            exit 7    NaN or infinity, in the loss or in an activation
     ├── StorageError         exit 8    a disk that is full or cannot be written
+    │   └── Tampered         exit 8    a log that is not what was written
     └── PrivacyError         exit 9    a promise of privacy that cannot be kept
         ├── AttestationFailed  exit 9  the server does not prove what it is; nothing was sent
         └── BudgetExhausted  exit 9    the privacy budget is spent; nothing was sent
@@ -42,6 +43,7 @@ __all__ = [
     "Refused",
     "StorageError",
     "TLSError",
+    "Tampered",
     "Unauthorized",
 ]
 
@@ -130,6 +132,12 @@ class StorageError(CutlayerError, OSError):
 
     code = "storage"
     exit_code = 8
+
+
+class Tampered(StorageError):
+    """A log was changed by another hand than ours."""
+
+    code = "tampered"
 
 
 class PrivacyError(CutlayerError, RuntimeError):

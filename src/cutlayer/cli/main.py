@@ -18,6 +18,7 @@ __all__ = ["main"]
 VERBS = {
     "certs": "make the certificates with which client and server trust each other",
     "serve": "hold the trunk of a model and train tenants' adapters on it",
+    "audit-log": "check that nobody changed a server's audit log",
     "tenants": "add, list, rotate and revoke those who may use this server",
     "preview": "show what a run would train on, send and need; nothing is sent",
     "doctor": "check server, certificates, versions, weights, cut and link before a run",
@@ -48,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # What gRPC would log we say ourselves, in one sentence.
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
     try:
-        return int(importlib.import_module(f"cutlayer.cli.{args.verb}").run(args) or 0)
+        return int(importlib.import_module(_module(args.verb)).run(args) or 0)
     except CutlayerError as error:
         return _tell(error, getattr(args, "format", "text"))
     except ModuleNotFoundError as error:
@@ -62,6 +63,10 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def _module(verb: str) -> str:
+    return f"cutlayer.cli.{verb.replace('-', '_')}"
+
+
 def _parser(verb: str | None) -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="cutlayer", description="Split-learning fine-tuning of Hugging Face models."
@@ -71,7 +76,7 @@ def _parser(verb: str | None) -> argparse.ArgumentParser:
     for name, text in VERBS.items():
         child = verbs.add_parser(name, help=text, description=text.capitalize() + ".")
         if name == verb:
-            importlib.import_module(f"cutlayer.cli.{name}").arguments(child)
+            importlib.import_module(_module(name)).arguments(child)
     return parser
 
 

@@ -37,6 +37,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--attn_implementation", help="eager, sdpa, … (default: transformers' choice)")
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
     add("--state_dir", default="cutlayer-state", help="where tenants' states are kept")
+    add("--audit_log", help="where events are logged (default: audit.jsonl in --state_dir)")
     add("--keep_adapter", action="store_true", help="never give out the trunk's half of adapters")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add("--threads", type=int, help="CPU threads of the trunk (default: torch's choice)")
@@ -47,11 +48,14 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.cli.main import settle
     from cutlayer.server.access import Limits, server_credentials
     from cutlayer.server.app import make_server
+    from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
+    from cutlayer.server.watch import Watch
 
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
     settle(args.threads)
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
+    audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
     server = make_server(
         args.model_name_or_path,
         revision=args.model_revision,
@@ -67,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         keep_adapter=args.keep_adapter,
         auth=auth,
+        watch=Watch(audit),
         limits=Limits(max_sessions=args.max_sessions),
     )
     stop = threading.Event()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import getpass
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from cutlayer.cli.main import add_format, report
 from cutlayer.errors import ConfigError
 
 __all__ = ["add_state_dir", "journal_in"]
+
+_DONE = {"add": "tenant added", "rotate": "tenant rotated", "revoke": "tenant revoked"}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -31,6 +34,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     revoke = what.add_parser("revoke", help="let a tenant in no more, token and certificate")
     revoke.add_argument("name")
+    for child in (add, rotate, revoke):
+        child.add_argument("--audit_log", help="the server's (default: audit.jsonl in --state_dir)")
     for child in (add, shown, rotate, revoke):
         add_state_dir(child)
         add_format(child)
@@ -43,6 +48,7 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: If the tenant is unknown, or there already.
         StorageError: If the journal cannot be written.
     """
+    from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
     from cutlayer.server.tenants import Register
 
     journal = journal_in(args.state_dir, make=args.what == "add")
@@ -51,6 +57,10 @@ def run(args: argparse.Namespace) -> int:
         facts, text = {"add": _add, "list": _list, "rotate": _rotate, "revoke": _revoke}[args.what](
             register, args
         )
+        if args.what in _DONE:
+            audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
+            audit.write(_DONE[args.what], tenant=args.name, by=getpass.getuser())
+            audit.close()
     finally:
         register.close()
         journal.close()

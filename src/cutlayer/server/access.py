@@ -94,6 +94,13 @@ class Gate:
         """
         return self._admit(_certified(context), _token(context))
 
+    def name_of(self, context: grpc.ServicerContext) -> str:
+        """Return the tenant's name, empty if it is not let in."""
+        try:
+            return self.tenant_of(context)
+        except CutlayerError:
+            return ""
+
     def _admit(self, certified: str | None, token: str | None) -> str:
         name = certified or ANYONE
         if certified is None and self.auth in ("tls", "both"):

@@ -22,6 +22,7 @@ from cutlayer.server.sessions import Sessions
 from cutlayer.server.store import Store
 from cutlayer.server.tenants import Register
 from cutlayer.server.trunk import SharedTrunk
+from cutlayer.server.watch import Watch
 from cutlayer.split.cut import Cut
 from cutlayer.split.loading import (
     config_digest,
@@ -76,6 +77,7 @@ def make_server(
     device: str = "cpu",
     keep_adapter: bool = False,
     auth: str = "none",
+    watch: Watch | None = None,
     limits: Limits | None = None,
 ) -> Server:
     """Load a trunk and serve it.
@@ -96,6 +98,7 @@ def make_server(
         keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
         auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
             authority for clients.
+        watch: Tells the audit log and the metrics what happens.
         limits: What a tenant may ask.
 
     Raises:
@@ -129,7 +132,12 @@ def make_server(
         attn_implementation=loaded.config._attn_implementation or "",
     )
     sessions = Sessions(
-        trunk, agreement, Store(state_dir), limits=limits, keeps_adapter=keep_adapter
+        trunk,
+        agreement,
+        Store(state_dir),
+        limits=limits,
+        keeps_adapter=keep_adapter,
+        watch=watch,
     )
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")

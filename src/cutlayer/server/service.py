@@ -41,7 +41,7 @@ class TrunkService(grpc.GenericRpcHandler):
         }
         self._handlers = {
             f"/{SERVICE}/{name}": grpc.unary_unary_rpc_method_handler(
-                _told_by_code(do),
+                _told_by_code(do, self._refused),
                 request_deserializer=kind.FromString,
                 response_serializer=lambda reply: reply.SerializeToString(),
             )
@@ -63,6 +63,9 @@ class TrunkService(grpc.GenericRpcHandler):
         self, asked: pb.OpenSessionRequest, context: grpc.ServicerContext
     ) -> pb.OpenSessionReply:
         session = self._sessions.open(self._gate.tenant_of(context), asked)
+        self._sessions.watch.opened(
+            session.tenant, session.run, context.peer(), parameters=session.trunk.num_parameters
+        )
         return pb.OpenSessionReply(
             session=session.identifier,
             parameters=[
@@ -86,6 +89,7 @@ class TrunkService(grpc.GenericRpcHandler):
             identifier = str(metadata.get("cutlayer-session", ""))
             session = self._sessions.get(self._gate.tenant_of(context), identifier)
         except CutlayerError as error:
+            self._refused(context, error)
             yield from frames_of(_failure(error), [])
             return
         stream = _Stream(self._sessions, session, requests)
@@ -94,6 +98,9 @@ class TrunkService(grpc.GenericRpcHandler):
                 yield from stream.replies()
         finally:
             self._sessions.close(session)
+
+    def _refused(self, context: grpc.ServicerContext, error: CutlayerError) -> None:
+        self._sessions.watch.refused(self._gate.name_of(context), error, peer=context.peer())
 
 
 class _Stream:
@@ -128,6 +135,7 @@ class _Stream:
 
     def refuse(self, error: CutlayerError) -> None:
         """Tell the client why it is not served any more, and end the stream."""
+        self._sessions.watch.refused(self._session.tenant, error, run=self._session.run)
         self._outgoing.put((_failure(error), []))
         self._outgoing.put(None)
 
@@ -156,20 +164,28 @@ class _Stream:
             self._outgoing.put(None)
 
     def _answer(self, message: Message, arrived_s: float) -> None:
-        self._outgoing.put(self._session.answer(message, arrived_s))
+        session = self._session
+        reply = session.answer(message, arrived_s)
+        self._outgoing.put(reply)
+        self._sessions.watch.answered(
+            session.tenant, session.run, message.head, reply[0], size_bytes=session.saved_bytes
+        )
 
 
 def _failure(error: CutlayerError) -> pb.Head:
     return pb.Head(failure=pb.Failure(code=error.code, message=str(error)))
 
 
-def _told_by_code(do: Callable[..., Any]) -> Callable[..., Any]:
+def _told_by_code(
+    do: Callable[..., Any], refused: Callable[[grpc.ServicerContext, CutlayerError], None]
+) -> Callable[..., Any]:
     """Tell an error of ours by its code; of any other only that it happened."""
 
     def handle(asked: Any, context: grpc.ServicerContext) -> Any:
         try:
             return do(asked, context)
         except CutlayerError as error:
+            refused(context, error)
             context.set_trailing_metadata((("cutlayer-code", error.code),))
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
         except Exception as error:

@@ -24,6 +24,7 @@ from cutlayer.server.access import Limits
 from cutlayer.server.names import is_plain_name
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import OPTIMIZERS, Group, SharedTrunk, TenantTrunk
+from cutlayer.server.watch import Watch
 from cutlayer.server.worker import TrunkThread, give_memory_back
 from cutlayer.split.adapters import LoraTarget, TrunkLora
 from cutlayer.split.cut import Cut
@@ -56,6 +57,8 @@ class Session:
     width: int
     last_sequence: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
+    saved_bytes: int = 0
+    """Bytes of the state that was saved last."""
 
     def answer(self, message: Message, arrived_s: float) -> Reply:
         """Do what a message asks and return the reply; a failure is a reply too."""
@@ -223,6 +226,7 @@ class Session:
             step, self.trunk.export_adapter(), self.trunk.optimizer_tensors(), self.settings
         )
         self.store.save(self.tenant, self.run, state)
+        self.saved_bytes = state.size_bytes
 
     def take_up(self, step: int | None) -> None:
         """Go back to a kept state of this run, or its last.
@@ -255,7 +259,9 @@ class Sessions:
         *,
         limits: Limits | None = None,
         keeps_adapter: bool = False,
+        watch: Watch | None = None,
     ) -> None:
+        self.watch = watch or Watch()
         self.trunk = trunk
         self.agreement = agreement
         self.limits = limits or Limits()
@@ -348,6 +354,7 @@ class Sessions:
                 return
         if self.keeps_adapter:
             self.on_trunk(lambda: session.save(session.trunk.step)).result()
+        self.watch.happened("closed", session.tenant, session.run, step=session.trunk.step)
         log.info(
             "tenant %s closed run %s at step %d", session.tenant, session.run, session.trunk.step
         )

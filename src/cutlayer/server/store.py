@@ -36,6 +36,11 @@ class State:
     optimizer: Mapping[str, Tensor]
     settings: Mapping[str, Any]
 
+    @property
+    def size_bytes(self) -> int:
+        """Bytes of its tensors, which is nearly all that it takes on the disk."""
+        return sum(t.nbytes for part in (self.adapter, self.optimizer) for t in part.values())
+
 
 @dataclass(frozen=True)
 class Store:

@@ -146,6 +146,11 @@ class TenantTrunk:
                 layer.__dict__["forward"] = functools.partial(_checkpointed, layer)
 
     @property
+    def num_parameters(self) -> int:
+        """How many numbers of this tenant's own are trained."""
+        return sum(parameter.numel() for parameter in self.parameters.values())
+
+    @property
     def pending(self) -> int:
         """How many forwards wait for their backward, and gradients for their commit."""
         return len(self._kept) + self.gradients.holds
