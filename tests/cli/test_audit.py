@@ -132,7 +132,10 @@ PROFILES = {
         "which has none",
     ),
     "a formal one without numbers": ({"split_privacy_profile": "formal"}, "needs clip"),
-    "evidence that nobody offers": ({"split_privacy_profile": "attested"}, "offers none"),
+    "no policy for evidence": (
+        {"split_privacy_profile": "attested"},
+        "needs split_attestation_policy",
+    ),
     "a refused defense": (
         {"split_defenses": [{"name": "rotation"}]},
         "not offered as a defense",

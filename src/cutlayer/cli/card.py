@@ -20,7 +20,7 @@ def write_card(folder: Path, settings: Run, trainer: Any, model: Any) -> None:
         StorageError: If it cannot be written.
     """
     split = dataclasses.asdict(settings.split)
-    for secret in ("server", "ca", "cert", "key", "token_file"):
+    for secret in ("server", "ca", "cert", "key", "token_file", "attestation_policy"):
         split.pop(secret)
     traffic, sft, lora = model.connection.traffic, settings.sft, model.plan.config
     library = "\n".join(
@@ -52,7 +52,7 @@ ran at a server, the others at the owner of the data.
 {library}
 
 ## What the server could read
-
+{_attested(model)}
 The server received the activations of every training sample at layer {model.cut.lower} and the
 gradients at layer {model.cut.upper}. With public base weights the text and the labels can be
 computed back from them. No formal guarantee of privacy was in force.
@@ -61,3 +61,8 @@ computed back from them. No formal guarantee of privacy was in force.
         (folder / "README.md").write_text(text)
     except OSError as error:
         raise StorageError(f"cannot write '{folder}/README.md' ({error.strerror})") from error
+
+
+def _attested(model: Any) -> str:
+    claims = model.connection.claims
+    return f"\nThe server was {claims}, before anything was sent to it.\n" if claims else ""

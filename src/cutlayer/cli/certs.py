@@ -4,26 +4,30 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
+import hashlib
 import ipaddress
+import json
 import os
+import re
 from collections.abc import Sequence
+from importlib.metadata import version
 from pathlib import Path
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
-from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError, StorageError
 
-__all__ = ["issue", "make_authority"]
+__all__ = ["issue", "make_authority", "make_software_attester"]
 
 CA_DAYS, LEAF_DAYS = 3650, 365
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    what = parser.add_subparsers(dest="what", required=True, metavar="init|client|renew")
+    what = parser.add_subparsers(dest="what", required=True, metavar="init|client|renew|attester")
     init = what.add_parser("init", help="make an authority, a server's and a client's certificate")
     init.add_argument("--dir", default="certs", help="where they go (default: certs)")
     init.add_argument("--host", action="append", default=[], help="a name or address of the server")
@@ -31,6 +35,10 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     client = what.add_parser("client", help="make one more client's certificate")
     client.add_argument("--dir", default="certs")
     client.add_argument("--name", required=True, help="the tenant's name")
+    attester = what.add_parser(
+        "attester", help="make a software attester for a server, and a policy that trusts it: tests"
+    )
+    attester.add_argument("--dir", default="certs")
     renew = what.add_parser("renew", help="make a new server certificate")
     renew.add_argument("--dir", default="certs")
     renew.add_argument("--host", action="append", default=[])
@@ -57,6 +65,14 @@ def run(args: argparse.Namespace) -> int:
     elif args.what == "client":
         issue(folder, args.name)
         print(f"{folder}/{args.name}.pem, .key")
+    elif args.what == "attester":
+        make_software_attester(folder)
+        print(
+            f"{folder}/attester.json, .key  for --software_evidence_proving_no_hardware\n"
+            f"{folder}/policy.json          for split_attestation_policy\n"
+            "Software signs what it is told: this tries out the gate and proves nothing about "
+            "hardware."
+        )
     else:
         issue(folder, "server", hosts=hosts, server=True, again=True)
         print(f"{folder}/server.pem, .key: start the server again to use them")
@@ -126,6 +142,41 @@ def issue(
     _write(folder, name, builder.sign(ca_key, hashes.SHA256()), key, again=again)
 
 
+def make_software_attester(folder: Path) -> None:
+    """Write `attester.key`, `attester.json` and a `policy.json` that is met by them.
+
+    Raises:
+        ConfigError: If there is one already.
+        StorageError: If they cannot be written.
+    """
+    if (folder / "attester.json").exists():
+        raise ConfigError(f"'{folder}/attester.json' exists already: name another --dir")
+    key = ed25519.Ed25519PrivateKey.generate()
+    # What a real attester would measure; here it is only what the file says.
+    sources = sorted(Path(__file__).parents[1].rglob("*.py"))
+    digest = hashlib.sha384(b"".join(source.read_bytes() for source in sources)).hexdigest()
+    release = ".".join(re.findall(r"\d+", version("cutlayer"))[:3])
+    claims = {"debug": False, "confidential_computing": True}
+    attester = {
+        "key": "attester.key",
+        "measurements": {"cutlayer": digest},
+        "tcb": {"cutlayer": release},
+    }
+    policy = {
+        "format": 1,
+        "verifier": "software",
+        "measurements": {"cutlayer": [digest]},
+        "minimum_tcb": {"cutlayer": release},
+        "trust": {"keys": [key.public_key().public_bytes_raw().hex()]},
+    }
+    try:
+        _write_secret(folder / "attester.key", key)
+        for name, told in (("attester", attester), ("policy", policy)):
+            (folder / f"{name}.json").write_text(json.dumps(told | claims, indent=2) + "\n")
+    except OSError as error:
+        raise StorageError(f"cannot write to '{folder}' ({error.strerror})") from error
+
+
 def _builder(
     subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey, days: float
 ) -> x509.CertificateBuilder:
@@ -160,18 +211,21 @@ def _write(
     pem = folder / f"{name}.pem"
     if pem.exists() and not again:
         raise ConfigError(f"'{pem}' exists already: name another --dir, or remove it yourself")
+    try:
+        _write_secret(folder / f"{name}.key", key)
+        pem.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
+    except OSError as error:
+        raise StorageError(f"cannot write to '{folder}' ({error.strerror})") from error
+
+
+def _write_secret(path: Path, key: ec.EllipticCurvePrivateKey | ed25519.Ed25519PrivateKey) -> None:
     secret = key.private_bytes(
         serialization.Encoding.PEM,
         serialization.PrivateFormat.PKCS8,
         serialization.NoEncryption(),
     )
-    try:
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        path = folder / f"{name}.key"
-        path.unlink(missing_ok=True)
-        # Never readable by others, not even for a moment.
-        with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
-            file.write(secret)
-        pem.write_bytes(cert.public_bytes(serialization.Encoding.PEM))
-    except OSError as error:
-        raise StorageError(f"cannot write to '{folder}' ({error.strerror})") from error
+    path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+    path.unlink(missing_ok=True)
+    # Never readable by others, not even for a moment.
+    with os.fdopen(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as file:
+        file.write(secret)

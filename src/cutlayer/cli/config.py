@@ -50,6 +50,8 @@ class SplitConfig:
     """A file with the bearer token by which the server knows us; CUTLAYER_TOKEN goes before it."""
     plaintext: bool = False
     """Use no TLS."""
+    attestation_policy: str | None = None
+    """What the server must prove before anything is sent to it, a JSON file."""
     codec: str = "raw"
     """How activations and gradients are written on the wire."""
     chunks: int = 1

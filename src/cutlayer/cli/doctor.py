@@ -61,6 +61,7 @@ def _facts(model: Any, given: dict[str, Any]) -> dict[str, Any]:
         "server": given["server"],
         "tls": not given["plaintext"],
         "mutual_tls": bool(given["cert"]),
+        "attestation": str(connection.claims or "none asked for"),
         "server_version": offer.version,
         "model_at_server": offer.model_id,
         "layers_compared": len(offer.agreement.layer_digests),
@@ -142,6 +143,7 @@ def _text(facts: dict[str, Any]) -> str:
         f"server     {facts['server']} over {tls}, cutlayer {facts['server_version']}",
         f"model      {facts['model_at_server']}, {facts['layers_compared']} layers' weights held "
         "there agree where both sides hold them",
+        f"evidence   {facts['attestation']}",
         f"cut        {facts['cut']} within the server's {facts['server_cut']}, {facts['dtype']}",
         f"link       round trip {facts['round_trip_ms']:.1f} ms, "
         f"{facts['bandwidth_mbit']:.0f} Mbit/s up and down",

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run
-from cutlayer.errors import AttestationFailed, ConfigError
+from cutlayer.errors import ConfigError
 
 __all__ = ["defenses_of", "ledger_of", "parts_of", "transcript_of"]
 
@@ -17,19 +17,17 @@ def defenses_of(run: Run) -> list[Any]:
 
     Raises:
         ConfigError: If a name or a parameter makes no sense, or a part is trained that the profile
-            does not allow.
-        AttestationFailed: If the profile asks for evidence, which no server offers yet.
+            does not allow, or there is no policy for the evidence that it asks for.
     """
     from cutlayer.privacy.defenses import DEFENSES, defense_of
     from cutlayer.privacy.profiles import profile_of
 
     split = run.split
     profile = profile_of(split.privacy_profile, split.privacy)
-    if profile.attestation:
-        raise AttestationFailed(
-            f"split_privacy_profile '{profile.name}' sends nothing before the server's evidence "
-            "was verified, and this server offers none: use another profile, or gate your own "
-            "connection with cutlayer.privacy.attestation"
+    if profile.attestation and not split.attestation_policy:
+        raise ConfigError(
+            f"split_privacy_profile '{profile.name}' needs split_attestation_policy, a JSON file "
+            "that says what the server must prove: docs/privacy.md shows one"
         )
     parts_of(run)
     asked = [dict(params) for params in (split.defenses or profile.defenses.values())]

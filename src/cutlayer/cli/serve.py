@@ -6,9 +6,12 @@ import argparse
 import logging
 import signal
 import threading
+from collections.abc import Callable
 from pathlib import Path
 
-from cutlayer.errors import ConfigError
+from cutlayer.errors import ConfigError, ProtocolError
+
+log = logging.getLogger(__name__)
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,6 +42,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--state_dir", default="cutlayer-state", help="where tenants' states are kept")
     add("--audit_log", help="where events are logged (default: audit.jsonl in --state_dir)")
     add("--keep_adapter", action="store_true", help="never give out the trunk's half of adapters")
+    add(
+        "--software_evidence_proving_no_hardware",
+        metavar="FILE",
+        help="answer Attest with evidence that software signs, for tests and trials; FILE is "
+        "attester.json of 'cutlayer certs attester'",
+    )
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add("--threads", type=int, help="CPU threads of the trunk (default: torch's choice)")
 
@@ -55,6 +64,7 @@ def run(args: argparse.Namespace) -> int:
     settle(args.threads)
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
+    attest = _attester(args)
     audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
     server = make_server(
         args.model_name_or_path,
@@ -73,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         auth=auth,
         watch=Watch(audit),
         limits=Limits(max_sessions=args.max_sessions),
+        attest=attest,
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -86,6 +97,29 @@ def run(args: argparse.Namespace) -> int:
     stop.wait()
     server.stop()
     return 0
+
+
+def _attester(args: argparse.Namespace) -> Callable[[bytes], bytes] | None:
+    """Return what answers a nonce with evidence, `None` if none is offered."""
+    from cutlayer.privacy.attestation import NONCE_BYTES, channel_binding, report_data
+    from cutlayer.privacy.verifiers import software_attester
+
+    if not args.software_evidence_proving_no_hardware:
+        return None
+    if args.plaintext:
+        raise ConfigError("evidence is bound to the server's certificate: leave out --plaintext")
+    path = Path(args.software_evidence_proving_no_hardware)
+    binding = channel_binding(_tls_files(args, "none")[0].read_bytes())
+    software_attester(path)
+    log.warning("evidence is signed by software: it proves nothing about this machine's hardware")
+
+    def answer(nonce: bytes) -> bytes:
+        if len(nonce) != NONCE_BYTES:
+            raise ProtocolError(f"a nonce has {NONCE_BYTES} bytes, this one {len(nonce)}")
+        # Read again each time, so that a trial may change what this machine claims.
+        return software_attester(path).evidence(report_data(nonce, binding))
+
+    return answer
 
 
 def _auth(args: argparse.Namespace) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,8 @@ def run(args: argparse.Namespace) -> int:
     trainer, model = make_trainer(settings, threads=args.threads)
     output = Path(settings.sft.output_dir)
     try:
+        if model.connection.claims:
+            print(f"note: the server is {model.connection.claims}", file=sys.stderr)
         if model.keeps_adapter:
             print("note: this server keeps the trunk's half of the adapter; merge will not have it")
         result = trainer.train(resume_from_checkpoint=True if args.resume else None)
@@ -61,6 +64,7 @@ def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
         "received_bytes": traffic.received_bytes,
         "waited_s": traffic.waited_s,
         "trunk_s": traffic.trunk_s,
+        "attestation": str(model.connection.claims or "none asked for"),
     }
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import grpc
 
 from cutlayer.errors import ConfigError
+from cutlayer.privacy.attestation import Policy
 from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES
 
 __all__ = ["Address", "plain_token", "read_token", "refuse_readable_by_others"]
@@ -28,6 +29,8 @@ class Address:
     """The key of that certificate."""
     plaintext: bool = False
     """No TLS at all: everybody on the way reads the activations, which are the text."""
+    policy: Policy | None = None
+    """What the server must prove before anything is sent to it."""
     token: str | None = field(default=None, repr=False)
     """The bearer token by which the server knows us; it is sent over TLS only."""
 
@@ -41,18 +44,26 @@ class Address:
         token_file: str | Path | None = None,
         token: str | None = None,
         plaintext: bool = False,
+        attestation_policy: str | Path | None = None,
     ) -> Address:
-        """Return an address, its files named and its token read.
+        """Return an address, its files named, its token and its policy read.
 
         Raises:
-            ConfigError: If the token's file is missing, can be read by others or holds none.
+            ConfigError: If the token's file is missing, can be read by others or holds none; if
+                the policy cannot be read, or asks for what a connection without TLS cannot prove.
         """
         if token is not None:
             token = plain_token(token, "the token")
         elif token_file is not None:
             token = read_token(Path(token_file))
         authority, ours, secret = (Path(given) if given else None for given in (ca, cert, key))
-        return cls(server, authority, ours, secret, plaintext=plaintext, token=token)
+        policy = Policy.load(attestation_policy) if attestation_policy else None
+        if policy is not None and plaintext:
+            raise ConfigError(
+                "evidence is bound to the server's TLS certificate: leave out split_plaintext, or "
+                "split_attestation_policy"
+            )
+        return cls(server, authority, ours, secret, plaintext, policy, token)
 
     def host_and_port(self) -> tuple[str, int]:
         """Return the two parts.
@@ -65,8 +76,14 @@ class Address:
             raise ConfigError(f"server '{self.server}' is not an address: write host:port")
         return host.strip("[]"), int(port)
 
-    def credentials(self) -> grpc.ChannelCredentials | None:
+    def credentials(
+        self, pinned: bytes | None = None, *, anonymous: bool = False
+    ) -> grpc.ChannelCredentials | None:
         """Return the channel's credentials, `None` for plaintext.
+
+        Args:
+            pinned: The only certificate to trust, in PEM, in place of the authority.
+            anonymous: Show no token.
 
         Raises:
             ConfigError: If a file is missing, only one of certificate and key is given, others can
@@ -87,23 +104,24 @@ class Address:
         if self.key is not None:
             refuse_readable_by_others("split_key", self.key)
         secured = grpc.ssl_channel_credentials(
-            *(path.read_bytes() if path else None for path in (self.ca, self.key, self.cert))
+            pinned or (self.ca.read_bytes() if self.ca else None),
+            *(path.read_bytes() if path else None for path in (self.key, self.cert)),
         )
-        if not self.token:
+        if not self.token or anonymous:
             return secured
         # gRPC puts it in the metadata of every call, and of none that is not over TLS.
         return grpc.composite_channel_credentials(
             secured, grpc.access_token_call_credentials(self.token)
         )
 
-    def open_channel(self) -> grpc.Channel:
-        """Return a channel to the server; nothing is sent yet.
+    def open_channel(self, pinned: bytes | None = None, *, anonymous: bool = False) -> grpc.Channel:
+        """Return a channel with `credentials` of these arguments; nothing is sent yet.
 
         Raises:
             ConfigError: If the address or a file of it is wrong.
         """
         host, port = self.host_and_port()
-        credentials = self.credentials()
+        credentials = self.credentials(pinned, anonymous=anonymous)
         options = [
             ("grpc.max_receive_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
             ("grpc.max_send_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),

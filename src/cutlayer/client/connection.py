@@ -16,6 +16,7 @@ import grpc
 from torch import Tensor
 
 from cutlayer.client.address import Address
+from cutlayer.client.attested import open_channel
 from cutlayer.client.diagnosis import why_unreachable
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
@@ -58,6 +59,7 @@ class Connection:
 
         Raises:
             ConnectionFailed: If it cannot be reached; `TLSError` if that is for its certificate.
+            AttestationFailed: If a policy asks for evidence and it does not hold.
         """
         self.address = address
         self.traffic = Traffic()
@@ -76,7 +78,7 @@ class Connection:
         self._failure: CutlayerError | None = None
         self._last_byte_s = time.monotonic()
         self._call: Any = None
-        self._channel = address.open_channel()
+        self._channel, self.claims = open_channel(address, connect_timeout_s)
         self.offer: pb.Offer = self._unary("Describe", pb.DescribeRequest(), pb.Offer)
 
     # ------------------------------------------------------------------ control calls

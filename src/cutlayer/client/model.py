@@ -47,12 +47,7 @@ from cutlayer.split.adapters import (
 )
 from cutlayer.split.cut import Anatomy, Cut, bottom_bypassed
 from cutlayer.split.entry import watch_entry
-from cutlayer.split.loading import (
-    Skeleton,
-    load_ends,
-    open_checkpoint,
-    skeleton_of,
-)
+from cutlayer.split.loading import Skeleton, load_ends, open_checkpoint, skeleton_of
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.tensors import DTYPES
@@ -229,6 +224,7 @@ def connect(
     token_file: str | Path | None = None,
     token: str | None = None,
     plaintext: bool = False,
+    attestation_policy: str | Path | None = None,
     codec: str = "raw",
     chunks: int = 1,
     gradient_checkpointing: bool = False,
@@ -267,6 +263,7 @@ def connect(
         token_file: Holds the bearer token by which the server knows us.
         token: The token itself, in place of its file.
         plaintext: Use no TLS: everybody on the way reads what is sent.
+        attestation_policy: What the server must prove before anything is sent to it, a JSON file.
         codec: How activations and gradients are written; `raw` is bit-exact.
         chunks: Into how many micro-chunks a training batch is cut; 1 is bit-exact.
         gradient_checkpointing: Let the trunk keep layer inputs only and compute the rest again.
@@ -285,6 +282,7 @@ def connect(
         CannotCut: If this model cannot be cut there.
         ModelError: If the model cannot be found or loaded.
         ConnectionFailed: If the server cannot be reached or trusted.
+        AttestationFailed: If it does not prove what the policy asks for; nothing was sent.
         Refused: If the two sides do not hold the same model, or the server says no.
     """
     _check(codec, chunks, dtype)
@@ -298,7 +296,7 @@ def connect(
     cut = Cut.leaving(bottom_layers=bottom_layers, top_layers=top_layers, num_layers=layers)
     plan = _plan(skeleton, peft_config, cut, train, seed, model)
     connection = Connection(
-        Address.of(server, ca, cert, key, token_file, token, plaintext),
+        Address.of(server, ca, cert, key, token_file, token, plaintext, attestation_policy),
         connect_timeout_s=connect_timeout_s,
         idle_timeout_s=idle_timeout_s,
     )

@@ -22,10 +22,11 @@ import re
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from cutlayer.errors import AttestationFailed, ConfigError
-from cutlayer.privacy.attestation import Claims, Verifier, read_json, version_of
+from cutlayer.privacy.attestation import Attester, Claims, Verifier, read_json, version_of
 
 __all__ = [
     "VERIFIERS",
@@ -33,6 +34,7 @@ __all__ = [
     "SoftwareVerifier",
     "TdxNvidiaVerifier",
     "gpu_nonce",
+    "software_attester",
     "verifier_for",
 ]
 
@@ -71,6 +73,54 @@ class SoftwareAttester:
         signature = self.key.sign(_signed(body))
         told = {"kind": SoftwareVerifier.kind, "body": body, "signature": signature.hex()}
         return json.dumps(told).encode()
+
+
+@dataclass(frozen=True)
+class Replayed:
+    """Give the same evidence to every nonce, as a machine would that was in order once."""
+
+    recorded: bytes = field(repr=False)
+
+    def evidence(self, _report_data: bytes) -> bytes:
+        """Return what was recorded."""
+        return self.recorded
+
+
+def software_attester(path: Path) -> Attester:
+    """Return the attester that a JSON file describes, for `cutlayer serve`.
+
+    Args:
+        path: Holds `key` (a file with an Ed25519 private key, in PEM), `measurements`, `tcb`,
+            `debug` and `confidential_computing`; or only `replay`, a file with evidence to be
+            given to every nonce. Files are named from where it lies.
+
+    Raises:
+        ConfigError: If it cannot be read, or names something else.
+    """
+    from cryptography.hazmat.primitives.asymmetric.ed25519 import Ed25519PrivateKey
+    from cryptography.hazmat.primitives.serialization import load_pem_private_key
+
+    where = f"the software attester '{path}'"
+    try:
+        told = read_json(path.read_bytes())
+        if set(told) == {"replay"}:
+            return Replayed((path.parent / str(told["replay"])).read_bytes())
+        if set(told) != {"key", "measurements", "tcb", "debug", "confidential_computing"}:
+            raise ConfigError(
+                f"{where} has {', '.join(sorted(told)) or 'nothing'}: make it with 'cutlayer certs "
+                "attester'"
+            )
+        key = load_pem_private_key((path.parent / str(told["key"])).read_bytes(), None)
+        if not isinstance(key, Ed25519PrivateKey):
+            raise ConfigError(f"{where} names a key that is not of Ed25519")
+        measurements, tcb = dict(told["measurements"]), dict(told["tcb"])
+    except (OSError, ValueError, TypeError) as error:
+        if isinstance(error, ConfigError):
+            raise
+        raise ConfigError(f"{where} cannot be read: {error}") from error
+    return SoftwareAttester(
+        key, measurements, tcb, bool(told["debug"]), bool(told["confidential_computing"])
+    )
 
 
 def _signed(body: str) -> bytes:

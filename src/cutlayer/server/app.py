@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -79,6 +80,7 @@ def make_server(
     auth: str = "none",
     watch: Watch | None = None,
     limits: Limits | None = None,
+    attest: Callable[[bytes], bytes] | None = None,
 ) -> Server:
     """Load a trunk and serve it.
 
@@ -100,6 +102,7 @@ def make_server(
             authority for clients.
         watch: Tells the audit log and the metrics what happens.
         limits: What a tenant may ask.
+        attest: Returns evidence of this server for a client's nonce; without it none is offered.
 
     Raises:
         ConfigError: If the port is taken or the dtype unknown.
@@ -142,12 +145,13 @@ def make_server(
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")
     gate = Gate(Register(Journal(state_dir)), auth)
-    return _listen(sessions, offer, gate, f"{host}:{port}", credentials)
+    service = TrunkService(sessions, offer, gate, attest)
+    return _listen(sessions, service, gate, f"{host}:{port}", credentials)
 
 
 def _listen(
     sessions: Sessions,
-    offer: pb.Offer,
+    service: TrunkService,
     gate: Gate,
     address: str,
     credentials: grpc.ServerCredentials | None,
@@ -164,7 +168,7 @@ def _listen(
         maximum_concurrent_rpcs=2 * _STREAMS,
     )
     servicer = health.HealthServicer()
-    server.add_generic_rpc_handlers((TrunkService(sessions, offer, gate),))
+    server.add_generic_rpc_handlers((service,))
     health_pb2_grpc.add_HealthServicer_to_server(servicer, server)
     reflection.enable_server_reflection(
         (SERVICE, health.SERVICE_NAME, reflection.SERVICE_NAME), server

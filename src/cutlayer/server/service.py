@@ -13,7 +13,7 @@ from typing import Any
 
 import grpc
 
-from cutlayer.errors import CutlayerError, ProtocolError
+from cutlayer.errors import AttestationFailed, CutlayerError, ProtocolError
 from cutlayer.server.access import Gate
 from cutlayer.server.sessions import Reply, Session, Sessions
 from cutlayer.wire import cutlayer_pb2 as pb
@@ -30,11 +30,19 @@ _WORKING_EVERY_S = 2.0
 class TrunkService(grpc.GenericRpcHandler):
     """Serve the methods of `service Trunk` in cutlayer.proto."""
 
-    def __init__(self, sessions: Sessions, offer: pb.Offer, gate: Gate) -> None:
+    def __init__(
+        self,
+        sessions: Sessions,
+        offer: pb.Offer,
+        gate: Gate,
+        attest: Callable[[bytes], bytes] | None = None,
+    ) -> None:
         self._sessions = sessions
         self._gate = gate
         self._offer = offer
+        self._evidence_for = attest
         unary: dict[str, tuple[Callable[..., Any], Any]] = {
+            "Attest": (self._attest, pb.AttestRequest),
             "Describe": (self._describe, pb.DescribeRequest),
             "OpenSession": (self._open, pb.OpenSessionRequest),
             "CloseSession": (self._close, pb.CloseSessionRequest),
@@ -54,6 +62,12 @@ class TrunkService(grpc.GenericRpcHandler):
     def service(self, handler_call_details: grpc.HandlerCallDetails) -> Any:
         """Return the handler of a method, for gRPC."""
         return self._handlers.get(handler_call_details.method)
+
+    def _attest(self, asked: pb.AttestRequest, _context: grpc.ServicerContext) -> pb.AttestReply:
+        # Whoever may connect may ask: a client shows its token only to a server that was proved.
+        if self._evidence_for is None:
+            raise AttestationFailed("this server offers no evidence of what it runs")
+        return pb.AttestReply(evidence=self._evidence_for(asked.nonce))
 
     def _describe(self, _asked: pb.DescribeRequest, context: grpc.ServicerContext) -> pb.Offer:
         self._gate.tenant_of(context)

@@ -41,6 +41,18 @@ class Agreement(_message.Message):
     attn_implementation: str
     def __init__(self, protocol: _Optional[int] = ..., transformers_major: _Optional[str] = ..., task: _Optional[str] = ..., model_type: _Optional[str] = ..., revision: _Optional[str] = ..., config_digest: _Optional[str] = ..., layer_digests: _Optional[_Mapping[int, str]] = ..., num_layers: _Optional[int] = ..., lower: _Optional[int] = ..., upper: _Optional[int] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ...) -> None: ...
 
+class AttestRequest(_message.Message):
+    __slots__ = ("nonce",)
+    NONCE_FIELD_NUMBER: _ClassVar[int]
+    nonce: bytes
+    def __init__(self, nonce: _Optional[bytes] = ...) -> None: ...
+
+class AttestReply(_message.Message):
+    __slots__ = ("evidence",)
+    EVIDENCE_FIELD_NUMBER: _ClassVar[int]
+    evidence: bytes
+    def __init__(self, evidence: _Optional[bytes] = ...) -> None: ...
+
 class DescribeRequest(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
