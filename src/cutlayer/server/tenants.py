@@ -177,6 +177,28 @@ class Register:
         self.look(at_once=True)
         return token
 
+    def limit(self, name: str, quotas: Mapping[str, int]) -> dict[str, int]:
+        """Change some of a tenant's quotas, and return all that are its own.
+
+        Raises:
+            ConfigError: If there is no such tenant.
+        """
+        with self._journal.transaction() as rows:
+            _known(rows, name)
+            query = "SELECT quotas FROM tenants WHERE name = ?"
+            held = json.loads(rows.execute(query, (name,)).fetchone()["quotas"])
+            changed: dict[str, int] = {**held, **quotas}
+            rows.execute(
+                "UPDATE tenants SET quotas = ? WHERE name = ?", (json.dumps(changed), name)
+            )
+        self.look(at_once=True)
+        return changed
+
+    def quotas_of(self, name: str) -> Mapping[str, int]:
+        """Return a tenant's own quotas; of one that was never added, none."""
+        tenant = self.get(name)
+        return tenant.quotas if tenant is not None else {}
+
     def rotate(self, name: str, *, overlap_s: float = 0.0) -> str:
         """Give a tenant a new token, revoked or not, and return it.
 

@@ -146,6 +146,16 @@ class TenantTrunk:
                 layer.__dict__["forward"] = functools.partial(_checkpointed, layer)
 
     @property
+    def kept(self) -> set[int]:
+        """The forwards that have a graph."""
+        return set(self._kept)
+
+    @property
+    def caches(self) -> list[DynamicCache]:
+        """The KV caches."""
+        return [slot.cache for slot in self._caches.values()]
+
+    @property
     def num_parameters(self) -> int:
         """How many numbers of this tenant's own are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())

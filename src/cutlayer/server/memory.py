@@ -1,0 +1,95 @@
+"""How much memory is one tenant's alone: adapter, gradients, optimizer, graphs, KV caches."""
+
+# Shapes:  B batch   T tokens
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from cutlayer.server.trunk import TenantTrunk
+
+__all__ = ["Memory"]
+
+
+class Memory:
+    """The memory of one session's trunk."""
+
+    def __init__(self, trunk: TenantTrunk) -> None:
+        self._trunk = trunk
+        self._graphs: dict[int, int] = {}
+        self._known: dict[tuple[object, ...], int] = {}
+
+    @property
+    def pending(self) -> int:
+        """Forwards that wait for their backward."""
+        return self._trunk.pending
+
+    @property
+    def memory_bytes(self) -> int:
+        """All of it, in bytes."""
+        return self.state_bytes + self.graph_bytes + self.cache_bytes
+
+    @property
+    def state_bytes(self) -> int:
+        """Adapter, gradients and optimizer, as they are or will be from the first step on."""
+        mine = list(self._trunk.parameters.values())
+        weights = sum(p.nbytes for p in mine)
+        optimizer = sum(t.nbytes for t in self._trunk.optimizer_tensors().values())
+        return 2 * weights + (optimizer or 2 * weights)
+
+    @property
+    def graph_bytes(self) -> int:
+        """What forwards keep for their backwards."""
+        kept = self._trunk.kept
+        self._graphs = {number: size for number, size in self._graphs.items() if number in kept}
+        return sum(self._graphs.values())
+
+    @property
+    def cache_bytes(self) -> int:
+        """The KV caches."""
+        layers = [layer for cache in self._trunk.caches for layer in cache.layers]
+        pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in layers]
+        return sum(t.nbytes for pair in pairs for t in pair if isinstance(t, Tensor))
+
+    def expected_bytes(self, kind: tuple[object, ...]) -> int:
+        """Return what a graph of this kind took before; 0 if there was none."""
+        return self._known.get(kind, 0)
+
+    @contextlib.contextmanager
+    def measuring(self, sequence: int, kind: tuple[object, ...]) -> Iterator[None]:
+        """Count what the forward inside keeps for its backward.
+
+        Args:
+            sequence: The forward's number.
+            kind: What its size depends on, such as its shape; each kind is measured once.
+        """
+        if kind in self._known:
+            yield
+        else:
+            seen: dict[int, int] = {}
+            shared = {_storage(tensor) for tensor in self._weights()}
+
+            def pack(tensor: Tensor) -> Tensor:
+                if _storage(tensor) not in shared:
+                    seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
+                # Not the tensor itself: of an output that would be a cycle, and never be freed.
+                return tensor.detach()
+
+            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+                yield
+            self._known[kind] = sum(seen.values())
+        self._graphs[sequence] = self._known[kind]
+
+    def _weights(self) -> Iterable[Tensor]:
+        model = self._trunk.model if self._trunk.peft is None else self._trunk.peft
+        return (*model.parameters(), *model.buffers())
+
+
+def _storage(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
