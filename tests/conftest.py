@@ -45,6 +45,20 @@ def seeded() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def measured(record_property: Any) -> Callable[..., None]:
+    """Return a function that notes figures of an acceptance test, which `--junitxml` writes.
+
+    benchmarks/acceptance collects them; what a test demands of them stands in the test.
+    """
+
+    def note(**figures: float) -> None:
+        for name, value in figures.items():
+            record_property(name, float(value))
+
+    return note
+
+
 @pytest.fixture(scope="session")
 def folder_of(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., Path]:
     """Return a function that writes a tiny model to a folder, once a type and setting."""

@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -54,7 +55,11 @@ def known_BT(public: PublicModel) -> Tensor:
 
 
 def test_256_known_tokens_undo_a_rotation(
-    public: PublicModel, table: CandidateTable, ids_BT: Tensor, known_BT: Tensor
+    public: PublicModel,
+    table: CandidateTable,
+    ids_BT: Tensor,
+    known_BT: Tensor,
+    measured: Callable[..., None],
 ):
     """T-A5: a secret rotation, unreadable before, is read after 256 known tokens."""
     secret_DD = rotation(public.head_VD.shape[1])
@@ -64,6 +69,7 @@ def test_256_known_tokens_undo_a_rotation(
     before = forward_search(public, hidden, list(ids_BT), SearchSettings(eps=0.0), table=table)
     after = aligned_search(public, hidden, list(ids_BT), hidden_known, list(known_BT), table=table)
 
+    measured(before=before.trr, after=after.trr)
     assert before.trr <= 0.05
     assert after.trr >= 0.95
     assert after.attack == "A5"
@@ -104,6 +110,46 @@ def test_a_public_bottom_stays_readable(
     assert found.trr == 1.0
 
 
+def test_64_known_tokens_undo_a_secret_adapter(
+    public: PublicModel,
+    table: CandidateTable,
+    ids_BT: Tensor,
+    known_BT: Tensor,
+    measured: Callable[..., None],
+):
+    """T-A5: where a secret change of rank 1 hides most tokens from A1, A5 reads four of five."""
+    generator, secret = torch.Generator().manual_seed(7), {}
+
+    def moved(name: str, value: Tensor) -> Tensor:
+        if value.dim() != 2 or ".h." not in name:
+            return value
+        if name not in secret:  # once: it is asked for with every call
+            left, right = (torch.randn(n, generator=generator) for n in value.shape)
+            change = torch.outer(left, right)
+            secret[name] = value + 3 * change * value.norm() / change.norm()
+        return secret[name]
+
+    with public.weights_changed(moved):
+        hidden, hidden_known = sent(public, ids_BT), sent(public, known_BT)
+    settings = SearchSettings(eps=0.0, rungs=(256,))
+
+    before = forward_search(public, hidden, list(ids_BT), settings, table=table)
+    after = aligned_search(
+        public,
+        hidden,
+        list(ids_BT),
+        hidden_known,
+        list(known_BT),
+        settings,
+        known_tokens=64,
+        table=table,
+    )
+
+    measured(before=before.extra["forced"]["trr"], after=after.extra["forced"]["trr"])
+    assert before.extra["forced"]["trr"] <= 0.6
+    assert after.extra["forced"]["trr"] >= 0.8
+
+
 def tuned_bottom(texts_BT: Tensor) -> dict[str, Tensor]:
     """Train SmolLM2's first two layers on these texts, as a client might in secret.
 
@@ -133,7 +179,7 @@ def diagnoses() -> Tensor:
 
 
 @pytest.mark.slow
-def test_64_known_tokens_undo_a_secret_training_of_real_weights():
+def test_64_known_tokens_undo_a_secret_training_of_real_weights(measured: Callable[..., None]):
     """T-A5: where training moved the bottom so far that A1 fails, A5 reads four of five tokens."""
     ids_T, public = diagnoses(), smollm2()
     weights = tuned_bottom(ids_T[: 40 * 128].reshape(40, 4, 32))
@@ -149,6 +195,7 @@ def test_64_known_tokens_undo_a_secret_training_of_real_weights():
         public, hidden, texts, hidden_known, known, settings, known_tokens=64, table=table
     )
 
+    measured(before=before.extra["forced"]["trr"], after=after.extra["forced"]["trr"])
     assert before.extra["forced"]["trr"] <= 0.6
     assert after.extra["forced"]["trr"] >= 0.8
     assert after.params["fit"] == "residual"

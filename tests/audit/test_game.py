@@ -25,12 +25,15 @@ SURE: dict[str, Any] = {"trials": 100_000, "confidence": 1 - 1e-6}
     [{}, {"planned": 3}, {"pool": 4}, {"pool": 4, "spread": True}],
     ids=["once", "composed", "pooled", "spread"],
 )
-def test_d1_holds_what_it_claims_and_not_much_more(epsilon: float, settings: dict[str, Any]):
+def test_d1_holds_what_it_claims_and_not_much_more(
+    epsilon: float, settings: dict[str, Any], measured: Any
+):
     """T-D1: the lower bound is between half of epsilon and epsilon, composed releases included."""
     defense = defense_of("ldp_sequence", clip=3.0, epsilon=epsilon, delta=1e-5, **settings)
 
     found = play(defense, **SURE)
 
+    measured(epsilon_lower=found.epsilon_lower)
     assert 0.5 * epsilon <= found.epsilon_lower <= epsilon
     assert not found.refuted
     assert json.loads(json.dumps(found.facts()))["claimed"] == epsilon
@@ -60,19 +63,23 @@ def test_d1_of_a_long_sequence_is_no_different():
 
 
 @pytest.mark.parametrize("epsilon", [1.0, 8.0])
-def test_a_forgotten_factor_of_two_is_caught(epsilon: float):
+def test_a_forgotten_factor_of_two_is_caught(epsilon: float, measured: Any):
     """T-D1: noise made for a sensitivity of C, where it is 2 C, is refuted at its epsilon."""
     found = play_planted("forgotten_factor_2", epsilon, **SURE)
 
+    measured(epsilon_lower=found.epsilon_lower)
     assert found.refuted
     # Measured before: 1.64 and 17.2 of 1,000 trials; exact is 2.2 and 20.0.
     assert found.epsilon_lower > {1.0: 1.64, 8.0: 17.2}[epsilon]
 
 
 @pytest.mark.parametrize(("name", "epsilon"), [("r1smg", 5.0), ("r1smg", 1.0), ("dp_forward", 8.0)])
-def test_published_mistakes_are_caught(name: str, epsilon: float):
+def test_published_mistakes_are_caught(name: str, epsilon: float, measured: Any):
     """T-neg: R1SMG, and the accounting of DP-Forward's code, are refuted at their epsilon."""
-    assert play_planted(name, epsilon, trials=5000).refuted
+    found = play_planted(name, epsilon, trials=5000)
+
+    measured(epsilon_lower=found.epsilon_lower)
+    assert found.refuted
 
 
 def test_all_planted_faults_are_tested():

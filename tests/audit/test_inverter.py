@@ -100,37 +100,41 @@ def victims() -> list[Tensor]:
     return list(random_ids(64, 40, 12, seed=6))
 
 
-def test_in_domain_wordings_are_read_back():
-    """T-A2, reduced: 500 public wordings let 100 others be read, at SmolLM2's cut 2."""
+def test_in_domain_wordings_are_read_back(measured: Callable[..., None]):
+    """T-A2: 500 public wordings let 100 others be read, at SmolLM2's cut 2 (reduced)."""
     public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")[:100]
     inverter = train_inverter(public, wordings(DATA / "icd10/train.jsonl")[:500])
 
     finding = learned_inversion(inverter, sent_of(public, held), held)
 
+    measured(rouge_l=finding.rouge["L"])
     assert finding.rouge["L"] >= 0.8
     assert finding.prior_trr < 0.05
     assert finding.trr > finding.extra["seen_tokens_share"] + 0.1  # it reads tokens it never saw
 
 
-def test_text_of_another_domain_helps_as_well():
-    """T-A2, reduced: an inverter that saw 500 docstrings only reads much of the diagnoses."""
+def test_text_of_another_domain_helps_as_well(measured: Callable[..., None]):
+    """T-A2: an inverter that saw 500 docstrings only reads much of the diagnoses (reduced)."""
     public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")[:100]
     inverter = train_inverter(public, docstrings(500))
 
     finding = learned_inversion(inverter, sent_of(public, held), held)
 
+    measured(rouge_l=finding.rouge["L"])
     assert finding.rouge["L"] >= 0.35
 
 
-def test_an_inverter_taught_shuffled_labels_reads_nothing():
-    """T-A2's control: if tokens are dealt anew among the public texts, ROUGE-L is .10 at most."""
+def test_an_inverter_taught_shuffled_labels_reads_nothing(measured: Callable[..., None]):
+    """T-A2: as a control, of tokens dealt anew among the public texts ROUGE-L is .10 at most."""
     public, held = smollm2(), wordings(DATA / "icd10/test.jsonl")[:100]
     aux = wordings(DATA / "icd10/train.jsonl")[:200]
     order = torch.randperm(sum(map(len, aux)), generator=torch.Generator().manual_seed(0))
     labels = list(torch.cat(aux)[order].split([*map(len, aux)]))
     inverter = train_inverter(public, aux, labels=labels)
 
-    assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] <= 0.1
+    found = learned_inversion(inverter, sent_of(public, held), held).rouge["L"]
+    measured(rouge_l=found)
+    assert found <= 0.1
 
 
 def test_a_linear_head_answers_with_tokens_of_the_public_text_only(small: Any):
@@ -197,9 +201,9 @@ def test_a_defense_may_change_the_width(small: Any, texts: Any, victims: Any):
 
 
 def test_a_mixture_reads_through_noise_that_a_clean_gru_does_not(
-    small: Any, texts: Any, victims: Any
+    small: Any, texts: Any, victims: Any, measured: Callable[..., None]
 ):
-    """T-A2n, reduced: the mixture is ahead by .05 ROUGE-L or more where noise hurts at all."""
+    """T-A2n: the mixture is ahead by .05 ROUGE-L where noise hurts at all (reduced)."""
     smashed, repeated = sent_of(small, victims), victims * 8  # so many that chance decides nothing
     blurred = [noise_of(1.5)(rows[None])[0] for rows in smashed * 8]
 
@@ -207,6 +211,7 @@ def test_a_mixture_reads_through_noise_that_a_clean_gru_does_not(
     mixture = train_mixture(small, texts, strengths=(0.5, 1.0, 2.0), settings=FEW)
 
     ahead = [learned_inversion(one, blurred, repeated).rouge["L"] for one in (mixture, gru)]
+    measured(ahead=ahead[0] - ahead[1])
     assert ahead[0] - ahead[1] >= 0.05
     assert learned_inversion(mixture, smashed, victims).trr >= 0.9  # and clean it is no worse
 
@@ -294,8 +299,10 @@ def test_what_cannot_be_learned_from_is_refused_in_one_sentence(small: Any, text
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 3])
-def test_twelve_thousand_wordings_and_the_published_network(cut: int, tmp_path: Path):
-    """T-A2 in full: a GRU of 256 with a linear layer reads held-out wordings at ROUGE-L .80."""
+def test_twelve_thousand_wordings_and_the_published_network(
+    cut: int, tmp_path: Path, measured: Callable[..., None]
+):
+    """T-A2: in full, a GRU of 256 with a linear layer reads held-out wordings at ROUGE-L .80."""
     command = [sys.executable, RECIPES / "prepare_icd10.py", "--output", tmp_path]
     command += ["--train", "12600", "--max-chars", "64"]
     subprocess.run([*map(str, command)], check=True, capture_output=True)
@@ -306,23 +313,27 @@ def test_twelve_thousand_wordings_and_the_published_network(cut: int, tmp_path: 
     inverter = train_inverter(public, aux, settings=settings)
 
     assert len(aux) >= 12_000
-    assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] >= 0.8
+    found = learned_inversion(inverter, sent_of(public, held), held).rouge["L"]
+    measured(rouge_l=found)
+    assert found >= 0.8
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 3])
-def test_text_of_another_domain_does_nearly_as_well(cut: int):
-    """T-A2 in full: 1,500 docstrings are enough to read diagnoses at ROUGE-L .65."""
+def test_text_of_another_domain_does_nearly_as_well(cut: int, measured: Callable[..., None]):
+    """T-A2: in full, 1,500 docstrings are enough to read diagnoses at ROUGE-L .65."""
     public, held = smollm2(bottom=cut), wordings(DATA / "icd10/test.jsonl")
     inverter = train_inverter(public, docstrings(1500))
 
-    assert learned_inversion(inverter, sent_of(public, held), held).rouge["L"] >= 0.65
+    found = learned_inversion(inverter, sent_of(public, held), held).rouge["L"]
+    measured(rouge_l=found)
+    assert found >= 0.65
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("cut", [2, 3])
-def test_a_mixture_is_ahead_under_noise_on_real_weights(cut: int):
-    """T-A2n in full: at noise of half the rms of what is sent it leads by .05 ROUGE-L."""
+def test_a_mixture_is_ahead_under_noise_on_real_weights(cut: int, measured: Callable[..., None]):
+    """T-A2n: in full, at noise of half the rms of what is sent it leads by .05 ROUGE-L."""
     public, held = smollm2(bottom=cut), wordings(DATA / "icd10/test.jsonl")
     aux = wordings(DATA / "icd10/train.jsonl")[:800]
     smashed = [noisy(rows, 0.5, seed=i)[0] for i, rows in enumerate(sent_of(public, held))]
@@ -331,4 +342,5 @@ def test_a_mixture_is_ahead_under_noise_on_real_weights(cut: int):
     mixture = train_mixture(public, aux, strengths=(0.5, 1.0, 2.0))
 
     ahead = [learned_inversion(one, smashed, held).rouge["L"] for one in (mixture, gru)]
+    measured(ahead=ahead[0] - ahead[1])
     assert ahead[0] - ahead[1] >= 0.05

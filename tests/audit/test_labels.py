@@ -138,24 +138,32 @@ def smollm2() -> Callable[..., Message]:
     ("top", "iterations", "goal"), [(0, 10, 0.98), (1, 10, 0.95), (2, 30, 0.93)]
 )
 def test_labels_come_back_in_few_iterations(
-    gpt2: Callable[..., Message], top: int, iterations: int, goal: float
+    gpt2: Callable[..., Message],
+    top: int,
+    iterations: int,
+    goal: float,
+    measured: Callable[..., None],
 ):
     """T-A4: 8 texts of 32 tokens, with no, one and two layers at the client's top."""
     message = gpt2(top=top)
 
     found = message.inverted(iterations=iterations)
 
+    measured(share=share_found(message.carried_BT, found.labels_BT))
     assert share_found(message.carried_BT, found.labels_BT) >= goal
 
 
 @pytest.mark.parametrize("top", [0, 1, 2])
-def test_shuffled_labels_come_back_shuffled(gpt2: Callable[..., Message], top: int):
+def test_shuffled_labels_come_back_shuffled(
+    gpt2: Callable[..., Message], top: int, measured: Callable[..., None]
+):
     """T-A4c: what is read is the gradient's labels, not the text's tokens."""
     ids_BT = random_ids(1024, 8, 32)
     labels = ids_BT.flip(0)[:, torch.randperm(32, generator=torch.Generator().manual_seed(3))]
 
     found = (message := gpt2(top=top, ids_BT=ids_BT, labels=labels)).inverted()
 
+    measured(share=share_found(message.carried_BT, found.labels_BT))
     assert share_found(message.carried_BT, found.labels_BT) >= 0.98
     assert (
         share_found(

@@ -84,7 +84,7 @@ def overfit(canaries: Any) -> Any:
 
 @pytest.mark.parametrize("score", ["ez", "loss_ratio"])
 def test_canaries_refute_epsilon_3_of_an_adapter_that_learned_them_by_heart(
-    overfit: Any, canaries: Any, score: str
+    overfit: Any, canaries: Any, score: str, measured: Any
 ):
     """T-A7: without privacy the bound is 3 or more, by either score."""
     texts, included_C = canaries
@@ -92,6 +92,7 @@ def test_canaries_refute_epsilon_3_of_an_adapter_that_learned_them_by_heart(
     # Three quarters are guessed: all of them cannot be right, as the tosses are never even.
     audit = canary_epsilon(scores_of(overfit, texts, score=score), included_C, guesses=[96])
 
+    measured(epsilon=audit.epsilon)
     assert audit.epsilon >= 3
     assert audit.correct == 96
 
@@ -109,7 +110,7 @@ def test_canaries_show_nothing_of_an_adapter_that_never_saw_them(canaries: Any):
     assert 0.35 < separation(scores_C, included_C).auc < 0.65
 
 
-def test_dp_sgd_of_epsilon_1_keeps_the_bound_under_its_claim(canaries: Any):
+def test_dp_sgd_of_epsilon_1_keeps_the_bound_under_its_claim(canaries: Any, measured: Any):
     """T-A7: the same canaries in an adapter that Opacus trained at epsilon 1 refute 1.3 at most."""
     texts, included_C = canaries
     model = get_peft_model(tiny_model("llama", num_layers=2), lora(r=8))
@@ -134,6 +135,7 @@ def test_dp_sgd_of_epsilon_1_keeps_the_bound_under_its_claim(canaries: Any):
 
     audit = canary_epsilon(scores_of(model, texts), included_C, delta=1e-5)
 
+    measured(epsilon=audit.epsilon)
     assert audit.epsilon <= 1.3
 
 

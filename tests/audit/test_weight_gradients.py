@@ -92,34 +92,45 @@ def distances(public: PublicModel, gradients: LayerGradients, ids_BT: Tensor, po
 
 @pytest.mark.parametrize("position", [0, 7, 18])
 def test_full_gradients_hold_the_true_tokens_and_no_others(
-    folder: Path, public: PublicModel, ids_BT: Tensor, position: int
+    folder: Path,
+    public: PublicModel,
+    ids_BT: Tensor,
+    position: int,
+    measured: Callable[..., None],
 ):
     """T-A6: the true tokens lie in the span of the full gradient, all others far from it."""
     first, _second = full_gradients(folder, ids_BT)
 
     true_N, others_N = distances(public, first, ids_BT, position)
 
+    measured(true=true_N.max(), others=others_N.min())
     assert len(span_of(first.gradients)) == 2 * (TOKENS - 1)  # the last token has no label
     assert true_N.max() <= 1e-5
     assert others_N.min() >= 0.1
 
 
-def test_lora_of_a_large_rank_holds_them_too(folder: Path, public: PublicModel, ids_BT: Tensor):
+def test_lora_of_a_large_rank_holds_them_too(
+    folder: Path, public: PublicModel, ids_BT: Tensor, measured: Callable[..., None]
+):
     """T-A6: so with LoRA of rank 64, above the number of positions."""
     first, _second = lora_gradients(adapted(folder, 64, size=0.02), ids_BT)
 
     for position in (0, 7, 18):
         true_N, others_N = distances(public, first, ids_BT, position)
+        measured(true=true_N.max(), others=others_N.min())
         assert true_N.max() <= 1e-5
         assert others_N.min() >= 0.1
 
 
-def test_lora_of_a_small_rank_does_not_separate(folder: Path, public: PublicModel, ids_BT: Tensor):
+def test_lora_of_a_small_rank_does_not_separate(
+    folder: Path, public: PublicModel, ids_BT: Tensor, measured: Callable[..., None]
+):
     """T-A6: with LoRA of rank 8, below the number of positions, the check fails, as it must."""
     first, _second = lora_gradients(adapted(folder, 8, size=0.02), ids_BT)
 
     found = [distances(public, first, ids_BT, position) for position in range(1, TOKENS - 1)]
 
+    measured(true=min(float(true_N.min()) for true_N, _others in found))
     assert len(span_of(first.gradients)) == 8
     assert all(true_N.min() > 0.1 for true_N, _others in found)
     assert any(others_N.min() < true_N.max() for true_N, others_N in found)

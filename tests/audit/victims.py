@@ -30,11 +30,12 @@ def write_gpt2(
     layers: int = 4,
     width: int = 96,
     vocabulary: int = 1024,
+    heads: int = 4,
     seed: int = 0,
 ) -> Path:
     """Write a GPT-2 of this shape, drawn as Hugging Face draws it, to `folder`."""
     config = GPT2Config(
-        vocab_size=vocabulary, n_positions=128, n_embd=width, n_layer=layers, n_head=4
+        vocab_size=vocabulary, n_positions=128, n_embd=width, n_layer=layers, n_head=heads
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

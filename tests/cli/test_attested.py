@@ -158,7 +158,7 @@ VECTORS: dict[str, tuple[dict[str, Any], str]] = {
 def test_nothing_is_sent_to_a_server_that_does_not(
     name: str, ward: Ward, tmp_path: Path, capsys: Any
 ):
-    """Each ends in one sentence and code 9, after no more bytes than two handshakes and a nonce."""
+    """T-D7: each ends in one sentence and code 9, after two handshakes and a nonce at most."""
     changes, told = VECTORS[name]
     ward.claim(**({"replay": recorded(ward)} if "replay" in changes else changes))
     with Relay(ward.port) as relay:

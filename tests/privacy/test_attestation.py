@@ -165,7 +165,7 @@ def test_a_server_that_proves_itself_is_sent_to(enclave: Any, certs: Path):
 def test_nothing_is_sent_to_one_that_does_not(
     enclave: Any, certs: Path, attester: SoftwareAttester, settings: dict[str, Any], why: str
 ):
-    """Each negative vector is refused, and no byte of the activations reaches the server."""
+    """T-D7: each negative vector is refused, and no byte of activations reaches the server."""
     server = enclave(attester, **settings)
 
     with pytest.raises(AttestationFailed, match=why) as refused:
@@ -177,7 +177,7 @@ def test_nothing_is_sent_to_one_that_does_not(
 
 
 def test_evidence_relayed_from_another_machine_is_refused(enclave: Any, certs: Path):
-    """A machine with its own key cannot show a good machine's evidence for the same nonce."""
+    """T-D7: a machine with another key cannot show a good one's evidence for the same nonce."""
     good, bad = enclave(), enclave(name="server-b")
     shown = certificate_at(bad.port, certs / "ca.pem")
     bad.certificate = good.certificate  # it has the good machine attest to that one's certificate

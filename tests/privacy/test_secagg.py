@@ -74,20 +74,21 @@ def plain_sum(found: Meeting, *, without: tuple[str, ...] = ()) -> np.ndarray:
 
 @pytest.mark.parametrize("clients", [2, 3, 5])
 @pytest.mark.parametrize("fixed_point", [{}, {"bits": 64, "levels": 1 << 40}])
-def test_the_sum_is_the_plain_sum(clients: int, fixed_point: dict[str, int]):
-    """The sum of n clients equals the plain sum within a quantum for each of them."""
+def test_the_sum_is_the_plain_sum(clients: int, fixed_point: dict[str, int], measured: Any):
+    """T-D5: the sum of n clients equals the plain sum within a quantum for each of them."""
     them = meeting(clients, clip=0.37, **fixed_point)
 
     found_P = them.run()
 
     quantum = them.round.fixed_point.quantum
+    measured(off_in_quanta=np.abs(found_P - plain_sum(them)).max() / quantum)
     assert np.abs(found_P - plain_sum(them)).max() <= clients * quantum
     assert quantum <= (2e-7 if not fixed_point else 1e-12)
 
 
 @pytest.mark.parametrize("stage", ["no_share", "no_input", "no_reveal"])
 def test_one_dropout_recovers(stage: str):
-    """A client that goes away before any of its parts leaves a sum of those whose input came."""
+    """T-D5: a client that goes away at any stage leaves a sum of those whose input came."""
     them = meeting()
 
     found_P = them.run(**{stage: ("cedar",)})
@@ -122,7 +123,7 @@ def test_one_client_alone_is_refused():
 
 
 def test_masks_use_all_bits_of_their_key():
-    """Two keys that a fold to 32 bits cannot tell apart give different masks."""
+    """T-D5: two keys that a fold to 32 bits cannot tell apart give different masks."""
 
     def folded(key: bytes) -> int:
         """Fold as the published generator does, by XOR of 32-bit words."""
