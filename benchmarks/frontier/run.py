@@ -50,7 +50,7 @@ class Plan:
     seeds: int
 
 
-FULL = Plan(steps=16, batch=8, lr=2e-3, scored=100, searched=8, listed=48, tried=4, seeds=3)
+FULL = Plan(steps=12, batch=8, lr=2e-3, scored=75, searched=8, listed=48, tried=4, seeds=3)
 QUICK = Plan(steps=2, batch=2, lr=2e-3, scored=6, searched=2, listed=4, tried=2, seeds=1)
 
 
@@ -120,23 +120,24 @@ def attacked(condition: Condition, task: Task, plan: Plan, attacker: Attacker) -
 class Kept:
     """What was measured so far, on disk, so that a run that was killed goes on."""
 
-    def __init__(self, path: Path, settings: str) -> None:
-        self._path, self._settings = path, settings
+    def __init__(self, path: Path) -> None:
+        self._path = path
         lines = path.read_text().splitlines() if path.is_file() else []
         rows = [json.loads(line) for line in lines if line.endswith("}")]
-        self.rows = {row["what"]: row["found"] for row in rows if row["settings"] == settings}
+        self._rows = {(row["what"], row["settings"]): row["found"] for row in rows}
 
-    def get(self, what: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
-        """Return what is kept under a name, measured now if it is not."""
-        if what not in self.rows:
-            self.rows[what] = measure()
-            row = {"settings": self._settings, "what": what, "found": self.rows[what]}
+    def get(
+        self, what: str, settings: str, measure: Callable[[], dict[str, float]]
+    ) -> dict[str, float]:
+        """Return what is kept under a name with these settings, measured now if it is not."""
+        if (what, settings) not in self._rows:
+            found = self._rows[what, settings] = measure()
+            row = {"what": what, "settings": settings, "found": found}
             with self._path.open("a") as file:
                 file.write(json.dumps(row) + "\n")
-            numbers = {name: round(value, 3) for name, value in self.rows[what].items()}
+            numbers = {name: round(value, 3) for name, value in found.items()}
             print(what, numbers, file=sys.stderr, flush=True)
-        found: dict[str, float] = self.rows[what]
-        return found
+        return self._rows[what, settings]
 
 
 def over_seeds(key: str, found: Sequence[dict[str, float]]) -> dict[str, float]:
@@ -153,12 +154,14 @@ def main() -> None:
     """Train and attack at every point."""
     parser = parser_of(__doc__)
     parser.add_argument("--partial", type=Path, default=PARTIAL, help="what is done, to go on from")
+    parser.add_argument("--seeds", type=int, help="how many seeds, if not as many as planned")
     args = parser.parse_args()
     torch.set_num_threads(1)
     plan = QUICK if args.quick else FULL
     with scratch() as folder:
         workload = make_workload(args, folder, rows=1, columns=8, batches=1)
         settings = settings_of(workload, args, **dataclasses.asdict(plan), cut=[2, 2])
+        settings["seeds"] = args.seeds or plan.seeds
         for meaningless in ("batch", "tls"):
             del settings[meaningless]
         settings["batch"] = plan.batch
@@ -174,9 +177,17 @@ def main() -> None:
         if args.quick:
             listed = [c for n, c in enumerate(listed) if n < 2 or n % 5 == 4]
         partial = folder / "partial.jsonl" if args.quick else args.partial
+        kept = Kept(partial)
         # The commit is not among these: a mended typo must not cost an hour.
-        known = [dataclasses.asdict(plan), settings["versions"], settings["model"]]
-        kept = Kept(partial, json.dumps(known))
+        of_training, of_attacks = (
+            json.dumps(
+                [settings["versions"], settings["model"], *(getattr(plan, n) for n in names)]
+            )
+            for names in (
+                ("steps", "batch", "lr", "scored"),
+                ("batch", "searched", "listed", "tried"),
+            )
+        )
         figures = {
             "guessing_accuracy": task.guessing(plan.scored),
             "guessing_listed": attacker.guessing(
@@ -185,17 +196,23 @@ def main() -> None:
             "guessing_tried": 1 / len(task.answers_A),
         }
         for c in listed:
-            found = kept.get(f"attacks {c.key}", lambda c=c: attacked(c, task, plan, attacker))
+            found = kept.get(
+                f"attacks {c.key}",
+                of_attacks,
+                lambda c=c: attacked(c, task, plan, attacker),
+            )
             figures |= {f"{c.key}_{name}": v for name, v in found.items() if name != "cpu_s"}
-        for seed in range(plan.seeds):  # outermost, so that what is there early is comparable
+        scored: dict[str, list[dict[str, float]]] = {c.key: [] for c in listed}
+        for seed in range(args.seeds or plan.seeds):  # outermost: what is there early compares
             for c in listed:
-                kept.get(
+                found = kept.get(
                     f"seed {seed} {c.key}",
+                    of_training,
                     lambda c=c, seed=seed: trained(c, seed, site, task, plan),
                 )
-        for c in listed:
-            rows = [kept.rows[f"seed {seed} {c.key}"] for seed in range(plan.seeds)]
-            figures |= over_seeds(c.key, rows)
+                scored[c.key].append(found)
+        for key, rows in scored.items():
+            figures |= over_seeds(key, rows)
     points = [
         {
             "key": c.key,
