@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run
+from cutlayer.cli.dp import GUARANTEE_FILE
 from cutlayer.errors import StorageError
+from cutlayer.privacy.profiles import profile_of
 
 __all__ = ["write_card"]
 
@@ -22,6 +25,8 @@ def write_card(folder: Path, settings: Run, trainer: Any, model: Any) -> None:
     split = dataclasses.asdict(settings.split)
     for secret in ("server", "ca", "cert", "key", "token_file", "attestation_policy"):
         split.pop(secret)
+    if split["dp_sgd"] is None:
+        (folder / GUARANTEE_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
     traffic, sft, lora = model.connection.traffic, settings.sft, model.plan.config
     library = "\n".join(
         f"- {name} {version(name)}" for name in ("cutlayer", "transformers", "peft", "torch")
@@ -53,9 +58,11 @@ ran at a server, the others at the owner of the data.
 
 ## What the server could read
 {_attested(model)}
-The server received the activations of every training sample at layer {model.cut.lower} and the
-gradients at layer {model.cut.upper}. With public base weights the text and the labels can be
-computed back from them. No formal guarantee of privacy was in force.
+{_verdict(settings)} The cut is {model.cut}.
+
+## What a recipient of this adapter could learn
+
+{_recipients(folder)}
 """
     try:
         (folder / "README.md").write_text(text)
@@ -66,3 +73,24 @@ computed back from them. No formal guarantee of privacy was in force.
 def _attested(model: Any) -> str:
     claims = model.connection.claims
     return f"\nThe server was {claims}, before anything was sent to it.\n" if claims else ""
+
+
+def _verdict(settings: Run) -> str:
+    name = settings.split.privacy_profile
+    others = ", ".join(str(params.get("name")) for params in settings.split.defenses)
+    if others:
+        # The profile's words are about the profile's own defenses.
+        return f"The defenses of this run were {others}: its audit says what they were worth."
+    return f"Privacy profile `{name}`: {profile_of(name).verdict}."
+
+
+def _recipients(folder: Path) -> str:
+    file = folder / GUARANTEE_FILE
+    if not file.is_file():
+        return "Traces of the training data may be in these weights: no formal guarantee."
+    found = json.loads(file.read_text())["against_recipients_of_the_adapter"]
+    several = (
+        f" This is adapter {found['adapters_of_this_data']} of this data; whoever has all of them: "
+        f"epsilon {found['epsilon_of_all_of_them']:.2f} at the same delta."
+    )
+    return f"{found['words']}{several if found['adapters_of_this_data'] > 1 else ''}"

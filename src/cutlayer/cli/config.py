@@ -27,6 +27,7 @@ __all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
 # What `cli/privacy.py` makes defenses, a ledger and a transcript of.
 _NOT_FOR_CONNECT = (
     "privacy_profile", "privacy", "defenses", "ledger", "budget", "budget_raised_by", "transcript",
+    "dp_sgd",
 )  # fmt: skip
 
 
@@ -70,6 +71,8 @@ class SplitConfig:
     """Epsilon that each record may spend in all; that of the defense by default."""
     budget_raised_by: str | None = None
     """Who decided on a budget above the one that the ledger holds."""
+    dp_sgd: dict[str, Any] | None = None
+    """Train by DP-SGD: target_epsilon, delta, clip, and total_epsilon of all adapters."""
     transcript: int = 0
     """How many sequences to record for the audit of the run."""
     gradient_checkpointing: bool = False

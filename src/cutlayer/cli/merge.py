@@ -14,6 +14,7 @@ _FILES = (
     "adapter_model.safetensors",
     "adapter_config.json",
     "README.md",
+    "guarantee.json",
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",

@@ -57,6 +57,14 @@ def parts_of(run: Run) -> list[str]:
     from cutlayer.privacy.profiles import profile_of
 
     allowed = profile_of(run.split.privacy_profile).train
+    if run.split.dp_sgd is not None:
+        # The server would train the trunk's half without noise.
+        allowed = tuple(part for part in allowed if part != "trunk")
+        if "trunk" in (run.split.train or ()):
+            raise ConfigError(
+                "split_dp_sgd covers what the client trains and split_train asks for trunk, which "
+                "the server trains without noise: leave trunk out"
+            )
     if run.split.train is None:
         return list(allowed)
     beyond = [part for part in run.split.train if part not in allowed]

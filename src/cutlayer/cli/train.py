@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run, connect_settings, read_run
+from cutlayer.cli.dp import refuse_what_does_not_fit, train_privately
 from cutlayer.cli.main import add_format, report, settle
 from cutlayer.errors import ConfigError, NotFinite
 
@@ -24,6 +25,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Train and write the adapter."""
     settings = read_run(args.config, args.overrides)
+    if settings.split.dp_sgd is not None:
+        refuse_what_does_not_fit(settings, resume=args.resume)
     trainer, model = make_trainer(settings, threads=args.threads)
     output = Path(settings.sft.output_dir)
     try:
@@ -31,7 +34,10 @@ def run(args: argparse.Namespace) -> int:
             print(f"note: the server is {model.connection.claims}", file=sys.stderr)
         if model.keeps_adapter:
             print("note: this server keeps the trunk's half of the adapter; merge will not have it")
-        result = trainer.train(resume_from_checkpoint=True if args.resume else None)
+        if settings.split.dp_sgd is not None:
+            result = train_privately(settings, trainer, model)
+        else:
+            result = trainer.train(resume_from_checkpoint=True if args.resume else None)
         if not math.isfinite(result.training_loss):
             raise NotFinite(
                 f"the training loss is {result.training_loss}: nothing was saved; lower "

@@ -29,6 +29,7 @@ __all__ = [
     "check_target",
     "epsilon_of",
     "epsilon_of_adapter",
+    "epsilon_of_adapters",
     "max_releases",
     "noise_table",
     "rdp_of_adapter",
@@ -188,6 +189,34 @@ def epsilon_of_adapter(
     event = _dp_sgd(noise_multiplier, sample_rate, steps)
     pld = _pld_accountant(rdp).compose(event).get_epsilon(delta)
     return _agreed(float(pld), rdp, delta)
+
+
+def epsilon_of_adapters(runs: Sequence[tuple[float, float, int]], delta: float) -> Epsilon:
+    """Return what several adapters of one data set promise together, against whoever has them all.
+
+    Args:
+        runs: Noise multiplier, sample rate and steps of each.
+        delta: Delta, of all together.
+
+    Raises:
+        ConfigError: If a number makes no sense.
+        PrivacyError: If the accountants contradict each other.
+    """
+    steps_of: collections.Counter[tuple[float, float]] = collections.Counter()
+    for noise_multiplier, sample_rate, steps in runs:
+        steps_of[noise_multiplier, sample_rate] += steps
+    alike = [(*kind, steps) for kind, steps in steps_of.items()]
+    if len(alike) == 1:
+        return epsilon_of_adapter(*alike[0], delta)
+    for run in alike:
+        rdp_of_adapter(*run, delta)  # checks the numbers
+    dp = _dp()
+    event = dp.ComposedDpEvent([_dp_sgd(*run) for run in alike])
+    with _quiet("absl"):
+        rdp = float(dp.rdp.RdpAccountant().compose(event).get_epsilon(delta))
+    if not 0 < rdp <= _MEANINGLESS:
+        return Epsilon(rdp, rdp, delta)
+    return _agreed(float(_pld_accountant(rdp).compose(event).get_epsilon(delta)), rdp, delta)
 
 
 @functools.lru_cache(maxsize=256)

@@ -241,6 +241,7 @@ def make_private(
     noise_multiplier: float | None = None,
     epsilon: float | None = None,
     epochs: int | None = None,
+    steps: int | None = None,
     steps_done: int = 0,
     example_loss: Losses = example_losses,
     micro_batch: int | None = None,
@@ -257,9 +258,10 @@ def make_private(
         delta: Less than 1/N.
         clip: Bound of the norm of one example's gradient over all parameters.
         noise_multiplier: Standard deviation of the noise in units of the clip.
-        epsilon: What all `epochs` together may spend; further steps are refused. Without
+        epsilon: What all `epochs` or `steps` together may spend; further steps are refused. Without
             `noise_multiplier` the noise is found, with it it is checked.
         epochs: How many in all, with `epsilon`.
+        steps: How many in all, in place of `epochs`.
         steps_done: Steps of the same run before this session, with the same noise.
         example_loss: From the model's output and the batch, one loss an example.
         micro_batch: At most so many examples go through the model at once.
@@ -279,11 +281,12 @@ def make_private(
     items = len(data_loader.dataset)  # type: ignore[arg-type]
     batch_size = data_loader.batch_size or 0
     _check_arguments(
-        items, batch_size, delta, clip, noise_multiplier, epsilon, epochs, steps_done, micro_batch
-    )
+        items, batch_size, delta, clip, noise_multiplier, epsilon, epochs or steps, steps_done,
+        micro_batch,
+    )  # fmt: skip
     check_model(model, optimizer)
     rate, batches = batch_size / items, items // batch_size
-    max_steps = None if epsilon is None else (epochs or 0) * batches
+    max_steps = None if epsilon is None else steps or (epochs or 0) * batches
     noise_multiplier = planned_noise(noise_multiplier, epsilon, rate, max_steps, delta)
     normal: Draw = secure_normal
     uniform: Draw = secure_uniform
@@ -360,7 +363,7 @@ def _check_arguments(
     if epsilon is not None and not (math.isfinite(epsilon) and epsilon > 0):
         faults.append(f"epsilon={epsilon} must be greater than 0")
     if epsilon is not None and not (epochs and epochs > 0):
-        faults.append("epsilon is spent over a number of epochs: give epochs")
+        faults.append("epsilon is spent over a number of epochs or steps: give one of them")
     if steps_done < 0 or (micro_batch is not None and micro_batch < 1):
         faults.append(f"steps_done={steps_done} or micro_batch={micro_batch} is too small")
     if faults:

@@ -13,12 +13,9 @@ a sum of 1 / noise_multiplier^2 a record, and that is computed once (see `budget
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
 import datetime
-import fcntl
 import hashlib
-import json
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
@@ -27,6 +24,7 @@ from typing import Any
 
 from cutlayer.errors import BudgetExhausted, ConfigError, DataError, StorageError
 from cutlayer.privacy.accountant import analytic_epsilon, budget_of, check_target
+from cutlayer.privacy.lines import append, chained, locked, sync_folder, taken_up
 from cutlayer.privacy.release import Release
 
 __all__ = ["Ledger"]
@@ -83,7 +81,7 @@ class Ledger:
         self._most_spent = ""
         self._sends: collections.Counter[tuple[str, str, int]] = collections.Counter()
         self._broken = False
-        self._file = _locked(path)
+        self._file = locked(path)
         try:
             self._take_up(raised_by)
         except BaseException:
@@ -230,18 +228,13 @@ class Ledger:
                 self._most_spent = record
 
     def _take_up(self, raised_by: str) -> None:
-        size = os.fstat(self._file).st_size
-        body = os.pread(self._file, size, 0)
-        whole, lines = _whole_lines(body)
-        if whole < size:
-            os.ftruncate(self._file, whole)
-            os.fsync(self._file)
+        lines = taken_up(self._file)
         if not lines:
             self._salt = os.urandom(16)
             budget = {"epsilon": self.epsilon, "delta": self.delta}
             head = {"kind": "head", "format": FORMAT, **budget, "salt": self._salt.hex()}
             self._append([head])
-            _sync_folder(self._path.parent)
+            sync_folder(self._path.parent)
             return
         epsilon, delta = self.epsilon, self.delta
         for number, line in enumerate(lines):
@@ -263,7 +256,7 @@ class Ledger:
     def _replay(self, line: dict[str, Any], *, first: bool) -> None:
         chain = line.pop("chain")
         kind = line["kind"]
-        if _chained(self._chain, line) != chain or (kind == "head") != first:
+        if chained(self._chain, line) != chain or (kind == "head") != first:
             raise ValueError
         self._chain = chain
         if kind == "head":
@@ -286,23 +279,10 @@ class Ledger:
                 f"'{self._path}' could not be written before: nothing is sent; free space and "
                 "start again"
             )
-        chain, texts = self._chain, []
-        for line in lines:
-            chain = _chained(chain, line)
-            texts.append(json.dumps({**line, "chain": chain}, sort_keys=True) + "\n")
-        body = "".join(texts).encode()
-        size = os.fstat(self._file).st_size
         try:
-            view = memoryview(body)
-            while view:
-                view = view[os.write(self._file, view) :]
-            os.fsync(self._file)
+            chain = append(self._file, self._chain, lines)
         except OSError as error:
-            # What was written of it may be on the disk or not. It did not leave, so take it back;
-            # where even that fails, opening the file again counts it, which is safe.
             self._broken = True
-            with contextlib.suppress(OSError):
-                os.ftruncate(self._file, size)
             raise StorageError(
                 f"'{self._path}' could not be written ({error.strerror}), so nothing was sent: "
                 "free space"
@@ -331,52 +311,3 @@ def _cost(spent: Spent) -> float:
 def _part(number: int, send: tuple[str, str, int]) -> dict[str, Any]:
     request, digest, parts = send
     return {"request": request, "digest": digest, "part": number, "parts": parts}
-
-
-def _chained(chain: str, line: dict[str, Any]) -> str:
-    return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()
-
-
-def _whole_lines(body: bytes) -> tuple[int, list[dict[str, Any]]]:
-    """Return how many bytes are whole lines, and the lines; only the last one may be torn."""
-    texts = body.split(b"\n")[:-1]
-    lines: list[dict[str, Any]] = []
-    whole = 0
-    for number, text in enumerate(texts):
-        try:
-            line = json.loads(text)
-        except ValueError:
-            if number + 1 < len(texts):
-                line = {}  # refused when it is read: this was no crash
-            else:
-                break
-        lines.append(line if isinstance(line, dict) else {})
-        whole += len(text) + 1
-    return whole, lines
-
-
-def _locked(path: Path) -> int:
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise StorageError(
-            f"the ledger '{path}' cannot be opened ({error.strerror}): nothing is sent without one"
-        ) from error
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        os.close(file)
-        raise StorageError(
-            f"the ledger '{path}' is in use by another process: two runs on the same data take "
-            "turns"
-        ) from error
-    return file
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
