@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import random
 import statistics
 import sys
 import time
@@ -38,33 +39,41 @@ NSR = 0.5
 """Noise over the root mean square, for the search through noise."""
 
 
-def cpu_s(work: Callable[[], Any]) -> tuple[float, float, Any]:
-    """Return the CPU seconds, the seconds on the clock, and the result."""
-    cpu, wall = time.process_time(), time.perf_counter()
+def cpu_s(work: Callable[[], Any]) -> tuple[float, Any]:
+    """Return the CPU seconds, and the result."""
+    began = time.process_time()
     found = work()
-    return time.process_time() - cpu, time.perf_counter() - wall, found
+    return time.process_time() - began, found
 
 
 def overheads(site: Site, batches_KBT: Tensor, rounds: int, folder: Path) -> dict[str, float]:
     """Return each defense's step over the undefended one of the same round, the median."""
-    steps = contestants(site, folder)
-    taken: dict[str, list[tuple[float, float]]] = {name: [] for name in steps}
+    light, heavy = contestants(site, folder)
+    every = {**light, **heavy}
+    cpus: dict[str, list[float]] = {name: [] for name in every}
+    owns: dict[str, list[float]] = {name: [] for name in light}
+    draw = random.Random(0)
     for number in range(rounds + 1):
         ids_BT = batches_KBT[number % len(batches_KBT)]
-        for name, step in steps.items():
-            cpu, wall, _ = cpu_s(functools.partial(step, ids_BT))
+        # Whoever comes first would pay for what the one before left in caches and memory.
+        light["none"].step(ids_BT)
+        for name in [*draw.sample([*light], len(light)), *heavy]:
+            own = every[name].own
+            before = own.cpu_s if own else 0.0
+            cpu, _ = cpu_s(functools.partial(every[name].step, ids_BT))
             if number:  # the first round allocates
-                taken[name].append((cpu, wall))
+                cpus[name].append(cpu)
+                if own:
+                    owns[name].append(own.cpu_s - before)
         print(f"round {number} of {rounds}", file=sys.stderr, flush=True)
-    figures = {"step_cpu_s_none": statistics.median(cpu for cpu, _ in taken["none"])}
-    for name, found in taken.items():
-        if name == "none":
-            continue
-        pairs = list(zip(found, taken["none"], strict=True))
-        ratios = [one[0] / bare[0] for one, bare in pairs]
+    bare = statistics.median(cpus["none"])
+    figures = {"step_cpu_s_none": bare}
+    for name in list(every)[1:]:
+        ratios = [one / none for one, none in zip(cpus[name], cpus["none"], strict=True)]
         figures[f"ratio_{name}"] = statistics.median(ratios)
         figures |= {f"ratio_{name}_min": min(ratios), f"ratio_{name}_max": max(ratios)}
-        figures[f"clock_ratio_{name}"] = statistics.median(o[1] / b[1] for o, b in pairs)
+    for name in list(light)[1:]:
+        figures[f"own_share_{name}"] = statistics.median(owns[name]) / bare
     return figures
 
 
@@ -79,21 +88,21 @@ def audit(site: Site, workload: Workload, ids: Tensor, *, quick: bool) -> dict[s
     table = CandidateTable(public)
     clean = texts_of(made_here(public, rows[:searched], gradients=False))
     truth = [text.ids_T for text in clean]
-    first, _, _ = cpu_s(table.learn_all)
-    plain, _, found = cpu_s(
+    first, _ = cpu_s(table.learn_all)
+    plain, found = cpu_s(
         lambda: forward_search(public, [t.smashed_TD for t in clean], truth, table=table)
     )
     sigma = NSR * float(clean[0].smashed_TD.square().mean().sqrt())
     noisy = [t.smashed_TD + sigma * torch.randn_like(t.smashed_TD) for t in clean]
     settings = SearchSettings(score="map", sigma=sigma, beams=4, rungs=(256, 4096))
-    through, _, _ = cpu_s(lambda: forward_search(public, noisy, truth, settings, table=table))
+    through, _ = cpu_s(lambda: forward_search(public, noisy, truth, settings, table=table))
     texts = list(ids.view(-1, length))[: 64 if quick else 256]
-    learning, _, inverter = cpu_s(lambda: train_inverter(public, texts))
-    reading, _, _ = cpu_s(lambda: learned_inversion(inverter, [t.smashed_TD for t in clean], truth))
+    learning, inverter = cpu_s(lambda: train_inverter(public, texts))
+    reading, _ = cpu_s(lambda: learned_inversion(inverter, [t.smashed_TD for t in clean], truth))
     trunk = Trunk(site.shared.model, site.anatomy, site.cut)
     sent = made_here(public, rows[:inverted], batch=inverted, trunk=trunk)
     outs = [d.trunk_out_BTD for d in sent if d.trunk_out_BTD is not None]
-    labels, _, labelled = cpu_s(lambda: label_inversion(public, sent, outs))
+    labels, labelled = cpu_s(lambda: label_inversion(public, sent, outs))
     return {
         "a1_cpu_s_per_sequence": plain / searched,
         "a1_noisy_cpu_s_per_sequence": through / searched,

@@ -4,7 +4,9 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,14 +21,55 @@ from cutlayer.privacy.zeroth_order import LossScalar, move_along, step_along
 from cutlayer.server.trunk import TenantTrunk
 from tests.loopback import Arrived, Loopback
 
-__all__ = ["contestants"]
+__all__ = ["Contestant", "contestants"]
 
 Step = Callable[[Tensor], None]
 FORMAL = {"clip": 100.0, "epsilon": 8.0, "delta": 1e-6, "planned": 10_000}
 
 
-def contestants(site: Site, folder: Path) -> dict[str, Step]:
-    """Return a training step of each name; `none` is the one without a defense."""
+@dataclass(frozen=True)
+class Contestant:
+    """A training step with a defense.
+
+    Attributes:
+        step: Does it.
+        own: Counts the CPU seconds of the mechanism and of booking its releases within the step;
+            `None` where the defense is another way to train and not a thing that is added.
+    """
+
+    step: Step
+    own: Stopwatch | None = None
+
+
+class Stopwatch:
+    """Count the CPU seconds of some calls."""
+
+    def __init__(self) -> None:
+        self.cpu_s = 0.0
+
+    def over(self, watched: Any, name: str) -> Any:
+        """Return what behaves as `watched`, whose method of this name is counted."""
+        return _Watched(watched, name, self)
+
+
+class _Watched:
+    def __init__(self, watched: Any, name: str, watch: Stopwatch) -> None:
+        def call(*args: Any, **kwargs: Any) -> Any:
+            began = time.process_time()
+            try:
+                return getattr(watched, name)(*args, **kwargs)
+            finally:
+                watch.cpu_s += time.process_time() - began
+
+        self._watched = watched
+        self.__dict__[name] = call
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._watched, name)
+
+
+def contestants(site: Site, folder: Path) -> tuple[dict[str, Contestant], dict[str, Contestant]]:
+    """Return training steps: those that add a mechanism, `none` first, and those that add much."""
     run = site.run()
     optimizer = torch.optim.AdamW(run.parameters, lr=1e-5)
     ledger = Ledger(folder / "ledger.jsonl", epsilon=8.0, delta=1e-6)
@@ -43,16 +86,20 @@ def contestants(site: Site, folder: Path) -> dict[str, Step]:
         "gaussian_gradient": [defense_of("gaussian", nsr=1.0, channel="gradients")],
         "noisy_grad": [defense_of("noisy_grad", **FORMAL)],
     }
-    steps: dict[str, Step] = {
-        name: _plain(run, optimizer, defenses, ledger) for name, defenses in listed.items()
-    }
+    light = {}
+    for name, defenses in listed.items():
+        own = Stopwatch()
+        watched = [own.over(defense, "apply") for defense in defenses]
+        light[name] = Contestant(_plain(run, optimizer, watched, own.over(ledger, "book")), own)
     top_only = site.run(train=("top",), defenses=[defense_of("no_backward")])
     few = torch.optim.AdamW(top_only.parameters, lr=1e-5)
-    steps["no_backward"] = _plain(top_only, few, [], None)
-    steps["two_server"] = _on_two_servers(site)
-    steps["loss_scalar"] = _by_two_losses(run)
-    steps["adv_mi_bottom"] = _against_an_inverter(run, optimizer, *embedding_VD.shape)
-    return steps
+    heavy = {
+        "no_backward": Contestant(_plain(top_only, few, [], None)),
+        "loss_scalar": Contestant(_by_two_losses(run)),
+        "two_server": Contestant(_on_two_servers(site)),
+        "adv_mi_bottom": Contestant(_against_an_inverter(run, optimizer, *embedding_VD.shape)),
+    }
+    return light, heavy
 
 
 def _update(run: Run, optimizer: torch.optim.Optimizer) -> None:
@@ -62,7 +109,7 @@ def _update(run: Run, optimizer: torch.optim.Optimizer) -> None:
 
 
 def _plain(
-    run: Run, optimizer: torch.optim.Optimizer, defenses: Sequence[Defense], ledger: Ledger | None
+    run: Run, optimizer: torch.optim.Optimizer, defenses: Sequence[Any], ledger: Any
 ) -> Step:
     """Return the step of a trainer; formal releases are booked, each on disk before it leaves."""
     booked = ledger if any(defense.formal for defense in defenses) else None
