@@ -34,6 +34,7 @@ bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark
 
 test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the registry has them
 	$(PYTHON) -m venv .venv-lowest
+	.venv-lowest/bin/python -m pip install --quiet --upgrade "pip>=25.1"
 	.venv-lowest/bin/python -m pip install --quiet torch==2.13.0
 	.venv-lowest/bin/python -m pip install --quiet transformers==5.17.0 peft==0.21.0 \
 	    "trl==1.16.0" "datasets==5.0.0" "accelerate==1.15.0" "grpcio==1.76.0" \

@@ -111,6 +111,11 @@ class ServerProcess:
         self.process.terminate()
         self.process.wait(timeout=30)
 
+    def kill(self) -> None:
+        """End it without a warning."""
+        self.process.kill()
+        self.process.wait(timeout=30)
+
 
 def lora(task: str = "causal-lm", **settings: Any) -> LoraConfig:
     """Return a LoRA without neutral numbers and without dropout."""

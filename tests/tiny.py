@@ -16,6 +16,7 @@ import os
 import signal
 import time
 import warnings
+from types import SimpleNamespace
 from typing import Any, Literal
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -530,7 +531,7 @@ def _fields(config_class: type[PreTrainedConfig], layers: int) -> dict[str, Any]
     names = {field.name for field in dataclasses.fields(config_class)}
     for field in dataclasses.fields(config_class):
         name, default = field.name, _default(field)
-        if name in base or name in config_class.sub_configs_defaults:
+        if name in base or name in _sub_configs(config_class):
             continue
         if name in counts:
             arguments[name] = counts[name]
@@ -548,11 +549,24 @@ def _fields(config_class: type[PreTrainedConfig], layers: int) -> dict[str, Any]
             text_id, media_id = text_id + (not media), media_id + media
         elif _is_dropout(name, default):
             arguments[name] = 0.0
-    for name, spec in config_class.sub_configs_defaults.items():
+    for name, spec in _sub_configs(config_class).items():
         if spec.optional:
             continue
         arguments[name] = _construct(_sub_class(spec), layers, {})
     return arguments
+
+
+def _sub_configs(config_class: type[PreTrainedConfig]) -> dict[str, Any]:
+    """Returns the configs within a config; the oldest supported transformers knows classes only."""
+    found: dict[str, Any] | None = getattr(config_class, "sub_configs_defaults", None)
+    if found is not None:
+        return found
+    return {
+        name: SimpleNamespace(
+            config_class=cls, model_type=getattr(cls, "model_type", ""), optional=False
+        )
+        for name, cls in config_class.sub_configs.items()
+    }
 
 
 def _sub_class(spec: Any) -> type[PreTrainedConfig]:
@@ -601,7 +615,7 @@ def _construct(
         overrides: Fields on top of the generic rule.
     """
     overrides = dict(overrides)
-    for name, spec in config_class.sub_configs_defaults.items():
+    for name, spec in _sub_configs(config_class).items():
         if isinstance(overrides.get(name), dict):
             overrides[name] = _construct(_sub_class(spec), layers, overrides[name])
     config = config_class(**(_fields(config_class, layers) | overrides))
@@ -642,7 +656,7 @@ def _model_class(config_class: type[PreTrainedConfig], task: Task) -> type[PreTr
     mapping = MODEL_FOR_CAUSAL_LM_MAPPING if causal else MODEL_FOR_SEQUENCE_CLASSIFICATION_MAPPING
     if config_class not in mapping:
         for whole in mapping:
-            spec = whole.sub_configs_defaults.get("text_config")
+            spec = _sub_configs(whole).get("text_config")
             if spec is not None and spec.config_class is config_class:
                 config_class = whole
                 break
@@ -660,7 +674,7 @@ def _text_type(model_type: str) -> str:
         NotBuildable: The type is multimodal, and its text model belongs to another type.
     """
     config_class = CONFIG_MAPPING[model_type]
-    spec = config_class.sub_configs_defaults.get("text_config")
+    spec = _sub_configs(config_class).get("text_config")
     if spec is None:
         return model_type
     model_class = _model_class(config_class, "causal-lm")

@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cutlayer.client.remote_trunk import Sent
-from cutlayer.server.trunk import OPTIMIZERS
+from cutlayer.server.optimizers import OPTIMIZERS
 from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
 
 STEPS = 4

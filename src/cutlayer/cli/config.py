@@ -84,7 +84,9 @@ class SplitConfig:
     connect_timeout_s: float = 30.0
     """Seconds to reach the server."""
     idle_timeout_s: float = 120.0
-    """Seconds without a byte after which the server is dead."""
+    """Seconds without a byte after which the link is taken for dead."""
+    lease_s: float = 600.0
+    """Seconds for which a server that went away is tried again."""
 
 
 @dataclass(frozen=True)

@@ -56,6 +56,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="answer Attest with evidence that software signs, for tests and trials; FILE is "
         "attester.json of 'cutlayer certs attester'",
     )
+    add("--lease_s", type=float, default=300.0, help="silence that parks a session (default: 300)")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add("--metrics_port", type=int, help="serve /metrics and a status page there (default: no)")
     add("--metrics_host", default="127.0.0.1", help="address of that port (default: 127.0.0.1)")
@@ -96,7 +97,7 @@ def run(args: argparse.Namespace) -> int:
         keep_adapter=args.keep_adapter,
         auth=auth,
         watch=Watch(audit, metrics),
-        limits=Limits(max_sessions=args.max_sessions),
+        limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
     )
     stop = threading.Event()

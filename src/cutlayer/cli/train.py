@@ -17,17 +17,23 @@ from cutlayer.errors import ConfigError, NotFinite
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
     parser.add_argument("--config", required=True, help="the run's YAML; --key value overrides")
-    parser.add_argument("--resume", action="store_true", help="go on from the last checkpoint")
+    parser.add_argument(
+        "--resume", action="store_true", help="go on from the last checkpoint, if any"
+    )
     parser.add_argument("--threads", type=int, help="CPU threads (default: torch's choice)")
     add_format(parser)
 
 
 def run(args: argparse.Namespace) -> int:
     """Train and write the adapter."""
+    from cutlayer.cli.interrupt import Interrupt
+
     settings = read_run(args.config, args.overrides)
     if settings.split.dp_sgd is not None:
         refuse_what_does_not_fit(settings, resume=args.resume)
     trainer, model = make_trainer(settings, threads=args.threads)
+    interrupt = Interrupt()
+    trainer.add_callback(interrupt)
     output = Path(settings.sft.output_dir)
     try:
         if model.connection.claims:
@@ -38,6 +44,8 @@ def run(args: argparse.Namespace) -> int:
             result = train_privately(settings, trainer, model)
         else:
             result = trainer.train(resume_from_checkpoint=True if args.resume else None)
+        if interrupt.came:
+            return _stopped(args, trainer)
         if not math.isfinite(result.training_loss):
             raise NotFinite(
                 f"the training loss is {result.training_loss}: nothing was saved; lower "
@@ -57,6 +65,17 @@ def run(args: argparse.Namespace) -> int:
         f"{output}",
     )
     return 0
+
+
+def _stopped(args: argparse.Namespace, trainer: Any) -> int:
+    done, total = trainer.state.global_step, trainer.state.max_steps
+    report(
+        args.format,
+        {"output_dir": trainer.args.output_dir, "stopped_at_step": done, "of_steps": total},
+        f"stopped after step {done} of {total} and saved it; go on with: cutlayer train --config "
+        f"{args.config} --resume",
+    )
+    return 130
 
 
 def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:

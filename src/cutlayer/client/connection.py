@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import functools
+import logging
 import queue
 import threading
 import time
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, wait
-from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
@@ -17,45 +18,48 @@ from torch import Tensor
 
 from cutlayer.client.address import Address
 from cutlayer.client.attested import open_channel
-from cutlayer.client.diagnosis import why_unreachable
+from cutlayer.client.calls import SERVICE, ask
+from cutlayer.client.diagnosis import explained
 from cutlayer.client.remote_trunk import Question
+from cutlayer.client.replay_log import ReplayLog
+from cutlayer.client.replies import Named, Pending, Traffic
 from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
-from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors, refuse_not_finite
+from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors
 
-__all__ = ["Connection", "Traffic"]
+__all__ = ["Connection"]
 
-SERVICE = "cutlayer.v1.Trunk"
+log = logging.getLogger(__name__)
+
 _MAX_REPLY_BYTES = 1 << 32
+_MARK_AFTER_BYTES, _MARK_AFTER_S = 32 << 20, 20.0
+_FATAL = (
+    grpc.StatusCode.UNAUTHENTICATED,
+    grpc.StatusCode.PERMISSION_DENIED,
+    grpc.StatusCode.UNIMPLEMENTED,
+)
 _CHANGES_GRADIENTS = ("backward", "commit", "optim_step", "zero_grad")
-
-
-@dataclass
-class Traffic:
-    """What went over the link, and how long we waited for it."""
-
-    sent_bytes: int = 0
-    received_bytes: int = 0
-    waited_s: float = 0.0
-    trunk_s: float = 0.0
-    """Seconds that the trunk computed for us."""
-    queued_s: float = 0.0
-    """Seconds that our requests waited for the trunk's turn."""
 
 
 class Connection:
     """A session. Requests leave at once and in order; `Pending.wait` waits for one reply."""
 
     def __init__(
-        self, address: Address, *, connect_timeout_s: float = 30.0, idle_timeout_s: float = 120.0
+        self,
+        address: Address,
+        *,
+        connect_timeout_s: float = 30.0,
+        idle_timeout_s: float = 120.0,
+        lease_s: float = 600.0,
     ) -> None:
         """Open a channel and ask the server what it offers.
 
         Args:
             address: Where the server is.
             connect_timeout_s: Seconds to reach it.
-            idle_timeout_s: Seconds without a byte, while we wait, after which it is dead.
+            idle_timeout_s: Seconds without a byte, while we wait, after which the link is dead.
+            lease_s: Seconds for which a lost server is tried again.
 
         Raises:
             ConnectionFailed: If it cannot be reached; `TLSError` if that is for its certificate.
@@ -64,49 +68,32 @@ class Connection:
         self.address = address
         self.traffic = Traffic()
         self.norms: Tensor | None = None
-        self.session = ""
+        self.session = self.run = ""
         self.parameters: dict[str, tuple[int, ...]] = {}
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
+        self._lease_s = lease_s
         self._codec = "raw"
-        self._outgoing: queue.SimpleQueue[list[bytes] | None] = queue.SimpleQueue()
+        self._outgoing: queue.SimpleQueue[Iterable[bytes] | None] | None = None
         self._waiting: dict[int, Pending] = {}
+        self._log = ReplayLog()
         self._farewells: deque[pb.Head] = deque()
-        self._sequence = 0
+        self._sequence = self._follows = self._received = 0
         self._gradient_changes = 0
+        self._marked_s, self._bytes_at_mark = time.monotonic(), 0
+        self._was_attached = False
+        self._closing, self._wanted = threading.Event(), threading.Event()
         self._send_lock = threading.Lock()
         self._failure: CutlayerError | None = None
         self._last_byte_s = time.monotonic()
         self._call: Any = None
         self._channel, self.claims = open_channel(address, connect_timeout_s)
-        self.offer: pb.Offer = self._unary("Describe", pb.DescribeRequest(), pb.Offer)
-
-    # ------------------------------------------------------------------ control calls
-
-    def _unary(self, method: str, request: Any, reply: Any, timeout_s: float | None = None) -> Any:
-        call = self._channel.unary_unary(
-            f"/{SERVICE}/{method}",
-            request_serializer=lambda message: message.SerializeToString(),
-            response_deserializer=reply.FromString,
+        self._ask = functools.partial(ask, self._channel, address)
+        # Making a tenant's place takes as long as the trunk's queue: idle, not connect, limits it.
+        self._patiently = {"timeout_s": idle_timeout_s, "again_for_s": connect_timeout_s}
+        self.offer: pb.Offer = self._ask(
+            "Describe", pb.DescribeRequest(), pb.Offer, timeout_s=connect_timeout_s
         )
-        try:
-            return call(request, timeout=timeout_s or self._connect_timeout_s, wait_for_ready=False)
-        except grpc.RpcError as error:
-            raise self._explained(error) from None
-
-    def _explained(self, error: grpc.RpcError) -> CutlayerError:
-        """Return our error for gRPC's."""
-        code, details = error.code(), error.details() or ""
-        told = {item[0]: item[1] for item in (error.trailing_metadata() or ())}
-        if "cutlayer-code" in told:
-            return BY_CODE.get(str(told["cutlayer-code"]), Refused)(details)
-        if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
-            return why_unreachable(self.address, details, self._connect_timeout_s)
-        if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNKNOWN):
-            return ConnectionFailed(
-                f"what answers at {self.address.server} is no cutlayer server: check the port"
-            )
-        return ConnectionFailed(f"the server at {self.address.server} failed: {details}")
 
     def open(self, asked: pb.OpenSessionRequest) -> pb.OpenSessionReply:
         """Agree with the server, and start the stream.
@@ -114,34 +101,102 @@ class Connection:
         Raises:
             Refused: Naming all that the two sides do not agree on.
         """
-        # Making a tenant's place takes as long as the trunk's queue: idle, not connect, limits it.
-        reply: pb.OpenSessionReply = self._unary(
-            "OpenSession", asked, pb.OpenSessionReply, self._idle_timeout_s
+        reply: pb.OpenSessionReply = self._ask(
+            "OpenSession", asked, pb.OpenSessionReply, **self._patiently
         )
-        self.session, self._codec = reply.session, asked.codec
+        self.session, self.run, self._codec = reply.session, asked.run, asked.codec
         self.parameters = {p.name: tuple(p.shape) for p in reply.parameters}
-        exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
-        self._call = exchange(self._requests(), metadata=(("cutlayer-session", self.session),))
-        threading.Thread(target=self._receive, name="cutlayer-replies", daemon=True).start()
+        threading.Thread(target=self._keep_up, name="cutlayer-link", daemon=True).start()
         return reply
 
     def close(self) -> None:
         """Give the session back and close the channel; closing twice is allowed."""
+        self._closing.set()
         if self.session and self._failure is None:
             asked = pb.CloseSessionRequest(session=self.session)
             # First the call, which waits until what the server keeps is kept; then the stream.
             with contextlib.suppress(CutlayerError):
-                self._unary("CloseSession", asked, pb.CloseSessionReply, self._idle_timeout_s)
-            self._outgoing.put(None)
+                self._ask("CloseSession", asked, pb.CloseSessionReply, **self._patiently)
         self.session = ""
         self._failure = self._failure or ConnectionFailed("the session was closed")
+        self._wanted.set()
         self._channel.close()
 
     # ------------------------------------------------------------------ the stream
 
-    def _requests(self) -> Iterator[bytes]:
+    def _keep_up(self) -> None:
+        """Have a stream for as long as the session lives: a thread of its own."""
+        attempt, lost_s = 0, time.monotonic()
+        while not self._closing.is_set():
+            try:
+                self._run_stream()
+                cause = "the server ended the stream"
+            except grpc.RpcError as error:
+                if error.code() in _FATAL:
+                    return self._fail(explained(error, self.address, self._connect_timeout_s))
+                cause = error.code().name.lower()
+            except CutlayerError as error:
+                return self._fail(error)
+            except Exception as error:  # whatever a reply is made of, those who wait must hear
+                reason = f"a reply of the server could not be read ({type(error).__name__})"
+                remedy = "check that both sides run the same version"
+                return self._fail(ProtocolError(f"{reason}: {remedy}"))
+            if self._closing.is_set():
+                return None
+            if self._was_attached:
+                attempt, lost_s, self._was_attached = 0, time.monotonic(), False
+                if not self._log.waits():
+                    # Parked, or the server went away while nothing was asked: come again when
+                    # something is.
+                    self._wanted.wait()
+                    lost_s = time.monotonic()
+                else:
+                    log.warning(
+                        "the link to %s broke (%s): trying again", self.address.server, cause
+                    )
+            away_s = time.monotonic() - lost_s
+            if away_s > self._lease_s:
+                return self._fail(
+                    ConnectionFailed(
+                        f"the link to {self.address.server} broke ({cause}) and did not come back "
+                        f"within {away_s:.0f} s (split_lease_s): start the run again with --resume "
+                        "once the server is back"
+                    )
+                )
+            self._closing.wait(min(0.05 * 2**attempt, 2.0, max(self._lease_s - away_s, 0.01)))
+            attempt += 1
+        return None
+
+    def _run_stream(self) -> None:
+        """Attach to the session, send what is to be sent, and read replies until the end."""
+        outgoing: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
+        metadata = (
+            ("cutlayer-session", self.session),
+            ("cutlayer-received", str(self._received)),
+        )
+        exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
+        self._call = call = exchange(self._requests(outgoing), metadata=metadata)
+        # What the server says of itself must not decide how much memory it may take here.
+        limit = min(max(self.offer.max_message_bytes, 1 << 30), _MAX_REPLY_BYTES)
+        assembler = Assembler(max_message_bytes=limit)
+        try:
+            for frame in call:
+                self._last_byte_s = time.monotonic()
+                self.traffic.received_bytes += len(frame)
+                message = assembler.feed(frame)
+                if message is not None:
+                    self._deliver(message, outgoing)
+                del frame, message
+        finally:
+            with self._send_lock:
+                self._outgoing = None
+                self._wanted.clear()
+            outgoing.put(None)
+            call.cancel()
+
+    def _requests(self, outgoing: queue.SimpleQueue[Iterable[bytes] | None]) -> Iterator[bytes]:
         while True:
-            frames = self._outgoing.get()
+            frames = outgoing.get()
             if frames is None:
                 return
             for frame in frames:
@@ -149,48 +204,62 @@ class Connection:
                 self.traffic.sent_bytes += len(frame)
                 self._last_byte_s = time.monotonic()
 
-    def _receive(self) -> None:
-        # What the server says of itself must not decide how much memory it may take here.
-        limit = min(max(self.offer.max_message_bytes, 1 << 30), _MAX_REPLY_BYTES)
-        assembler = Assembler(max_message_bytes=limit)
-        try:
-            for frame in self._call:
-                self._last_byte_s = time.monotonic()
-                self.traffic.received_bytes += len(frame)
-                message = assembler.feed(frame)
-                if message is not None and message.head.WhichOneof("verb") != "working":
-                    self._deliver(message)
-                del frame, message
-            self._fail(ConnectionFailed(f"the server at {self.address.server} closed the session"))
-        except grpc.RpcError as error:
-            self._fail(
-                ConnectionFailed(
-                    f"the link to {self.address.server} broke ({error.code().name.lower()}): start "
-                    "the run again once the server is back"
+    def _attached(
+        self, told: pb.Attached, outgoing: queue.SimpleQueue[Iterable[bytes] | None]
+    ) -> None:
+        """Send again what the server has not done, and open the way for what comes."""
+        with self._send_lock:
+            if told.reached < self._log.trimmed_to:
+                raise Refused(
+                    f"the server stands at request {told.reached} and had request "
+                    f"{self._log.trimmed_to} on its disk before: its state was lost; start the run "
+                    "again with --resume"
                 )
-            )
-        except CutlayerError as error:
-            self._fail(error)
-        except Exception as error:  # whatever a reply is made of, those who wait must hear of it
-            reason = f"a reply of the server could not be read ({type(error).__name__})"
-            self._fail(ProtocolError(f"{reason}: check that both sides run the same version"))
+            coming = set(told.replies)
+            for sequence in [s for s in self._waiting if s <= told.reached and s not in coming]:
+                # It was done before the server's last mark, which was asked for when no tensor of
+                # an earlier reply was waited for.
+                self._waiting.pop(sequence).future.set_result({})
+                self._log.answered(sequence)
+            self._log.durable(told.durable)
+            previous = told.reached
+            for head, body in self._log.after(told.reached):
+                head.follows, head.received = previous, self._received
+                previous = head.sequence
+                outgoing.put(frames_of(head, [body]))
+                self.traffic.resent += 1
+            self._follows = previous
+            self._outgoing, self._was_attached = outgoing, True
 
-    def _deliver(self, message: Message) -> None:
+    def _deliver(
+        self, message: Message, outgoing: queue.SimpleQueue[Iterable[bytes] | None]
+    ) -> None:
         head = message.head
-        if head.WhichOneof("verb") == "failure":
-            error = BY_CODE.get(head.failure.code, Refused)(head.failure.message)
+        verb = head.WhichOneof("verb")
+        if verb == "attached":
+            return self._attached(head.attached, outgoing)
+        if verb == "working":
+            return None
+        if verb == "failure" and not head.sequence:
+            raise BY_CODE.get(head.failure.code, Refused)(head.failure.message)
+        with self._send_lock:
+            self._received = max(self._received, head.sequence)
             pending = self._waiting.pop(head.sequence, None)
-            if pending is None or pending.unattended:
-                # Nobody waits for this one: the run must hear of it at its next request.
-                self._fail(error)
+            self._log.answered(head.sequence)
+            self._log.durable(head.done.durable)
+        if verb == "failure":
+            error = BY_CODE.get(head.failure.code, Refused)(head.failure.message)
             if pending is not None:
+                if pending.unattended:
+                    # Nobody waits for this one: the run must hear of it at its next request.
+                    self._fail(error)
                 pending.future.set_exception(error)
-            return
+            return None
         self.traffic.trunk_s += head.done.compute_s
         self.traffic.queued_s += head.done.queue_s
-        pending = self._waiting.pop(head.sequence, None)
         if pending is not None:
             pending.future.set_result(read_tensors(message))
+        return None
 
     def _fail(self, error: CutlayerError) -> None:
         self._failure = self._failure or error
@@ -210,7 +279,7 @@ class Connection:
 
         Args:
             head: The request, its sequence number not yet set.
-            tensors: Its tensors, which are copied into frames before this returns.
+            tensors: Its tensors, which are copied before this returns.
             unattended: Nobody will wait for the reply; a failure fails the session.
         """
         tensors = tensors or {}
@@ -228,35 +297,45 @@ class Connection:
     def _put(self, head: pb.Head, parts: list[memoryview], *, unattended: bool) -> Pending:
         self._sequence += 1
         self._gradient_changes += head.WhichOneof("verb") in _CHANGES_GRADIENTS
-        head.sequence = self._sequence
+        head.sequence, head.follows, head.received = self._sequence, self._follows, self._received
+        self._follows = self._sequence
         pending = Pending(self, head.sequence, unattended=unattended)
         self._waiting[head.sequence] = pending
-        self._outgoing.put(list(frames_of(head, parts)))
+        self._log.add(head, parts)
+        if self._outgoing is not None:
+            self._outgoing.put(list(frames_of(head, parts)))
+        self._wanted.set()
         return pending
 
+    def mark_if_due(self) -> None:
+        """Ask for a mark once there is much to be sent again should the server be lost."""
+        due_s = self._marked_s + _MARK_AFTER_S
+        if self._log.nbytes > _MARK_AFTER_BYTES + self._bytes_at_mark or time.monotonic() > due_s:
+            self._marked_s, self._bytes_at_mark = time.monotonic(), self._log.nbytes
+            self.request(pb.Head(mark=pb.Mark()), unattended=True)
+
     def await_reply(self, pending: Pending) -> dict[str, Tensor]:
-        """Wait for a reply for as long as bytes move.
+        """Wait for a reply, over a new stream if no bytes move on the old one.
 
         Raises:
-            ConnectionFailed: If no byte moved for `idle_timeout_s`.
+            ConnectionFailed: If the server did not come back within `lease_s`.
         """
         self._wait_while_bytes_move([pending.future])
         return pending.future.result()
 
     def _wait_while_bytes_move(self, futures: Sequence[Future[Any]]) -> None:
-        started_s = time.monotonic()
+        started_s = since_s = time.monotonic()
         while not wait(futures, timeout=0.5, return_when=FIRST_COMPLETED).done:
-            silent_s = time.monotonic() - max(self._last_byte_s, started_s)
-            if silent_s > self._idle_timeout_s:
-                raise ConnectionFailed(
-                    f"no byte from {self.address.server} for {self._idle_timeout_s:.0f} s "
-                    "(split_idle_timeout_s): the server or the link is gone"
-                )
+            if time.monotonic() - max(self._last_byte_s, since_s) > self._idle_timeout_s:
+                # The link may be dead without a word (split_idle_timeout_s): try another.
+                since_s = time.monotonic()
+                if self._call is not None:
+                    self._call.cancel()
         self.traffic.waited_s += time.monotonic() - started_s
 
     # ------------------------------------------------------------------ what a Link does
 
-    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, _Named]:
+    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named]:
         """Send activations; return the request's number and the trunk's output to come."""
         head = pb.Head(
             forward=pb.Forward(
@@ -272,15 +351,15 @@ class Connection:
             )
         )
         pending = self.request(head, {"smashed": smashed_BTD, **question.carried})
-        return pending.sequence, _Named(pending, "trunk_out")
+        return pending.sequence, Named(pending, "trunk_out")
 
     def backward(
         self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
-    ) -> _Named:
+    ) -> Named:
         """Send the gradient of a forward's output; return the activations' gradient to come."""
         asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
         head = pb.Head(backward=asked)
-        return _Named(self.request(head, {"gradient": grad_BTD}), "gradient")
+        return Named(self.request(head, {"gradient": grad_BTD}), "gradient")
 
     def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
         """Have the held gradients, times a factor, added to the accumulated ones.
@@ -317,45 +396,3 @@ class Connection:
     def _tell(self, head: pb.Head) -> None:
         # The collector may call this at any moment, within `request` too: it must take no lock.
         self._farewells.append(head)
-
-
-@dataclass
-class Pending:
-    """A reply that is on its way."""
-
-    connection: Connection
-    sequence: int
-    unattended: bool = False
-    future: Future[dict[str, Tensor]] = field(default_factory=Future)
-
-    def wait(self) -> dict[str, Tensor]:
-        """Return the reply's tensors."""
-        return self.connection.await_reply(self)
-
-
-@dataclass(frozen=True)
-class _Named:
-    """One tensor of a reply that is on its way."""
-
-    pending: Pending
-    name: str
-
-    def arrived(self) -> bool:
-        """Say whether the reply is there."""
-        return self.pending.future.done()
-
-    def wait(self) -> Tensor | None:
-        """Return the tensor, `None` if the reply has none.
-
-        Raises:
-            NotFinite: If it is NaN or infinite.
-        """
-        tensors = self.pending.wait()
-        if "norms" in tensors:
-            self.pending.connection.norms = tensors["norms"]
-        tensor = tensors.get(self.name)
-        if tensor is not None:
-            refuse_not_finite(
-                tensor, f"what the server sent ({self.name})", "lower the learning rate"
-            )
-        return tensor

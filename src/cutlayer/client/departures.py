@@ -13,8 +13,10 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
+from transformers import PreTrainedModel
 
 from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
@@ -104,3 +106,16 @@ class Departures:
     def _as_it_arrives(self, tensor: Tensor) -> Tensor:
         codec = CODECS[self.codec]
         return codec.decode(codec.encode(tensor.detach()), tensor.dtype)
+
+
+def defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> None:
+    """Put the defense that belongs there behind the embedding, where a token is still alone."""
+    for defense in defenses:
+        if defense.site == "embedding":
+
+            def defended(
+                _module: Any, _args: Any, output: Tensor, _apply: Any = defense.apply
+            ) -> Tensor:
+                return _apply(output)
+
+            ends.get_input_embeddings().register_forward_hook(defended)

@@ -6,12 +6,14 @@ import socket
 import ssl
 from typing import TYPE_CHECKING
 
-from cutlayer.errors import ConnectionFailed, TLSError
+import grpc
+
+from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, Refused, TLSError
 
 if TYPE_CHECKING:
     from cutlayer.client.address import Address
 
-__all__ = ["why_unreachable"]
+__all__ = ["explained", "why_unreachable"]
 
 _CERTIFICATE_FAULTS = {
     9: "its certificate is not valid yet: check the clocks of both machines",
@@ -21,6 +23,21 @@ _CERTIFICATE_FAULTS = {
     64: "its certificate is for another address: connect by a name that it holds, or make one "
     "with 'cutlayer certs init --host ADDRESS'",
 }
+
+
+def explained(error: grpc.RpcError, address: Address, timeout_s: float) -> CutlayerError:
+    """Return our error for gRPC's."""
+    code, details = error.code(), error.details() or ""
+    told = {item[0]: item[1] for item in (error.trailing_metadata() or ())}
+    if "cutlayer-code" in told:
+        return BY_CODE.get(str(told["cutlayer-code"]), Refused)(details)
+    if code in (grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DEADLINE_EXCEEDED):
+        return why_unreachable(address, details, timeout_s)
+    if code in (grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.UNKNOWN):
+        return ConnectionFailed(
+            f"what answers at {address.server} is no cutlayer server: check the port"
+        )
+    return ConnectionFailed(f"the server at {address.server} failed: {details}")
 
 
 def why_unreachable(address: Address, details: str, timeout_s: float) -> ConnectionFailed:

@@ -26,7 +26,7 @@ from cutlayer.client.address import Address
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
-from cutlayer.client.departures import Departures
+from cutlayer.client.departures import Departures, defend_embedding
 from cutlayer.client.handshake import agreement_of, check_adapter, check_parameters, spec_of
 from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
@@ -233,6 +233,7 @@ def connect(
     take_up: bool = False,
     connect_timeout_s: float = 30.0,
     idle_timeout_s: float = 120.0,
+    lease_s: float = 600.0,
     defenses: Sequence[Defense] = (),
     ledger: Ledger | None = None,
     transcript: TranscriptWriter | None = None,
@@ -271,7 +272,8 @@ def connect(
         run: A name for this run at the server; a random one by default.
         take_up: Take up the adapter that the server kept under `run`.
         connect_timeout_s: Seconds to reach the server.
-        idle_timeout_s: Seconds without a byte after which the server is taken for dead.
+        idle_timeout_s: Seconds without a byte after which the link is taken for dead.
+        lease_s: Seconds for which a server that went away is tried again.
         defenses: What is done to what leaves, from `cutlayer.privacy.defenses`.
         ledger: Where releases of formal defenses are booked; they need one.
         transcript: Where some of what leaves is kept at the client, for `cutlayer audit`.
@@ -299,19 +301,15 @@ def connect(
         Address.of(server, ca, cert, key, token_file, token, plaintext, attestation_policy),
         connect_timeout_s=connect_timeout_s,
         idle_timeout_s=idle_timeout_s,
+        lease_s=lease_s,
     )
     try:
         remote = RemoteTrunk(skeleton.anatomy, cut.lower, seed=seed)
-        settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
-        ends = load_ends(
-            checkpoint,
-            skeleton,
-            cut,
-            remote,
-            config=checkpoint.config,
-            dtype=DTYPES[dtype],
-            **settings,
-        )
+        settings: dict[str, Any] = {}
+        if attn_implementation:
+            settings["attn_implementation"] = attn_implementation
+        settings |= {"config": checkpoint.config, "dtype": DTYPES[dtype]}
+        ends = load_ends(checkpoint, skeleton, cut, remote, **settings)
         agreement = agreement_of(checkpoint, skeleton, cut, task, dtype, ends)
         asked = pb.OpenSessionRequest(
             agreement=agreement,
@@ -330,21 +328,8 @@ def connect(
     remote.link = connection
     remote.trains = bool(plan.trunk.targets)
     remote.departures = Departures(defenses, ledger, transcript, codec)
-    _defend_embedding(ends, defenses)
+    defend_embedding(ends, defenses)
     return _wrapped(ends, plan, task, connection, remote, skeleton.anatomy, cut, chunks, reply)
-
-
-def _defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> None:
-    """Put the defense that belongs there behind the embedding, where a token is still alone."""
-    for defense in defenses:
-        if defense.site == "embedding":
-
-            def defended(
-                _module: Any, _args: Any, output: Tensor, _apply: Any = defense.apply
-            ) -> Tensor:
-                return _apply(output)
-
-            ends.get_input_embeddings().register_forward_hook(defended)
 
 
 def _check(codec: str, chunks: int, dtype: str) -> None:

@@ -267,6 +267,8 @@ class RemoteTrunk(nn.Module):
             self._receiving = None
 
     def _seed_of_call(self) -> int:
+        if not self.training:
+            return 0  # an evaluation between two steps must not move the dropout of the next
         call, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
         key = f"{self.seed}/{self.step}/{call}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1

@@ -19,6 +19,7 @@ from transformers import TrainerCallback
 
 from cutlayer.client.model import SplitModel
 from cutlayer.client.pipeline import Objective
+from cutlayer.client.savepoints import keep_both_halves, load_both_halves
 from cutlayer.errors import ConfigError
 from cutlayer.wire import cutlayer_pb2 as pb
 
@@ -82,6 +83,7 @@ class TrunkOptimizer:
             step.groups.append(_group_of(group, members.get(index, [])))
         self._declared, self._clip_factor = True, 1.0
         self._model.connection.request(pb.Head(optim_step=step), unattended=True)
+        self._model.connection.mark_if_due()
         self._gradients_are_of = self._model.connection.gradient_changes()
 
     def _members(self, optimizer: torch.optim.Optimizer) -> dict[int, list[str]]:
@@ -176,7 +178,7 @@ def _group_of(group: dict[str, Any], names: list[str]) -> pb.ParamGroup:
 
 
 class _TrainerLink(TrainerCallback):
-    """Tie a transformers Trainer to the trunk: optimizer, clipping, checkpoints."""
+    """Tie a transformers Trainer to the trunk: optimizer, clipping, the step it resumes at."""
 
     def __init__(self, trainer: Any, model: SplitModel) -> None:
         self._trainer = trainer
@@ -191,15 +193,8 @@ class _TrainerLink(TrainerCallback):
         self._trunk.follow(getattr(optimizer, "optimizer", optimizer))
         self._trainer.accelerator.clip_grad_norm_ = self._trunk.clip_grad_norm_
         if state.global_step:
-            head = pb.Head(load_state=pb.LoadState(step=state.global_step))
-            self._model.connection.request(head).wait()
-            self._model.remote_trunk.step = state.global_step
+            load_both_halves(self._trainer, self._model, state.global_step)
             self._trunk._declared = True
-
-    def on_save(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
-        """Have the server keep its half of this checkpoint."""
-        head = pb.Head(save_state=pb.SaveState(step=state.global_step))
-        self._model.connection.request(head).wait()
 
 
 def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
@@ -225,6 +220,7 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
     _tell_objective(driver, split)
+    keep_both_halves(driver, split)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
     return link._trunk

@@ -42,7 +42,9 @@ class Limits:
     max_sessions: int = 256
     """Sessions open at once, of all tenants."""
     idle_timeout_s: float = 120.0
-    """Seconds without a byte after which a client takes the server for dead."""
+    """Seconds without a byte after which a client takes the link for dead."""
+    lease_s: float = 300.0
+    """Seconds of a tenant's silence after which its session is parked."""
 
 
 def server_credentials(cert: Path, key: Path, client_ca: Path | None) -> grpc.ServerCredentials:

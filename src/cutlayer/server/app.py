@@ -57,9 +57,10 @@ class Server:
     def stop(self, grace_s: float = 5.0) -> None:
         """Take no new work, finish the requests in flight, keep what is to be kept."""
         self.health.enter_graceful_shutdown()
+        # Streams end by themselves once their session is marked; their clients come again.
+        self.sessions.stop()
         self.grpc_server.stop(grace_s).wait()
         self.gate.stop()
-        self.sessions.stop()
 
 
 def make_server(
@@ -163,6 +164,8 @@ def _listen(
             ("grpc.max_send_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
             ("grpc.so_reuseport", 0),
             ("grpc.keepalive_permit_without_calls", 1),
+            ("grpc.keepalive_time_ms", 20_000),
+            ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ],
         maximum_concurrent_rpcs=2 * _STREAMS,

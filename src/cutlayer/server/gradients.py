@@ -30,6 +30,11 @@ class Gradients:
         """How many sets of gradients wait for their commit."""
         return len(self._held)
 
+    @property
+    def accumulated(self) -> bool:
+        """Whether there are committed gradients that no step has used."""
+        return any(p.grad is not None for p in self._parameters)
+
     @contextlib.contextmanager
     def accumulating(self, hold: int = 0) -> Iterator[None]:
         """While open, a backward accumulates under `hold`; 0 stands for the committed ones."""

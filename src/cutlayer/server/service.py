@@ -15,7 +15,9 @@ import grpc
 
 from cutlayer.errors import AttestationFailed, CutlayerError, ProtocolError
 from cutlayer.server.access import Gate
-from cutlayer.server.sessions import Reply, Session, Sessions
+from cutlayer.server.session import Reply
+from cutlayer.server.sessions import Sessions
+from cutlayer.server.worker import Stopped
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
 
@@ -92,26 +94,29 @@ class TrunkService(grpc.GenericRpcHandler):
     def _close(
         self, asked: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionReply:
-        self._sessions.close(self._sessions.get(self._gate.tenant_of(context), asked.session))
+        self._sessions.close(self._gate.tenant_of(context), asked.session)
         return pb.CloseSessionReply()
 
     def _exchange(
         self, requests: Iterator[bytes], context: grpc.ServicerContext
     ) -> Iterator[bytes]:
+        metadata = {item[0]: item[1] for item in context.invocation_metadata()}
+        identifier = str(metadata.get("cutlayer-session", ""))
+        received = str(metadata.get("cutlayer-received", "0"))
+        stream = _Stream(self._sessions, requests)
         try:
-            metadata = {item[0]: item[1] for item in context.invocation_metadata()}
-            identifier = str(metadata.get("cutlayer-session", ""))
-            session = self._sessions.get(self._gate.tenant_of(context), identifier)
+            stream.attach(self._gate.tenant_of(context), identifier, received)
         except CutlayerError as error:
             self._refused(context, error)
             yield from frames_of(_failure(error), [])
             return
-        stream = _Stream(self._sessions, session, requests)
+        except Stopped:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
         try:
             with self._gate.watching(context, stream.refuse):
                 yield from stream.replies()
         finally:
-            self._sessions.close(session)
+            stream.detach()
 
     def _refused(self, context: grpc.ServicerContext, error: CutlayerError) -> None:
         self._sessions.watch.refused(self._gate.name_of(context), error, peer=context.peer())
@@ -120,38 +125,64 @@ class TrunkService(grpc.GenericRpcHandler):
 class _Stream:
     """One session's stream: a thread reads requests, the trunk's thread works, gRPC's sends."""
 
-    def __init__(self, sessions: Sessions, session: Session, requests: Iterator[bytes]) -> None:
+    def __init__(self, sessions: Sessions, requests: Iterator[bytes]) -> None:
         self._sessions = sessions
-        self._session = session
         self._requests = requests
         self._outgoing: queue.SimpleQueue[Reply | None] = queue.SimpleQueue()
-        self._asked = 0
-        self._room = threading.Semaphore(2 * session.limits.max_pending)
+        self._asked = self._answered = 0
+        self._ended = threading.Event()
+        self._room = threading.Semaphore(2 * sessions.limits.max_pending)
+
+    def attach(self, tenant: str, identifier: str, received: str) -> None:
+        """Take the place of the session's older stream.
+
+        Raises:
+            Refused: If there is no such session.
+            ProtocolError: If `received` is no number.
+        """
+        if not (received.isascii() and received.isdigit()):
+            raise ProtocolError("cutlayer-received must be the number of a reply")
+        self._session, self._number, first = self._sessions.attach(
+            tenant, identifier, int(received), self._hang_up
+        )
+        for reply in first:
+            self._outgoing.put(reply)
+        self._answered = -len(first)
+
+    def detach(self) -> None:
+        """Leave the session to its next stream."""
+        self._hang_up()
+        self._session.detach(self._number)
+
+    def _hang_up(self) -> None:
+        self._ended.set()
+        self._room.release()
+        self._outgoing.put(None)
 
     def replies(self) -> Iterator[bytes]:
         """Yield the frames of the replies until the client has no more requests."""
         threading.Thread(target=self._read, name="exchange", daemon=True).start()
-        answered = 0
         while True:
             try:
                 reply = self._outgoing.get(timeout=_WORKING_EVERY_S)
             except queue.Empty:
-                if self._asked > answered:
+                if self._asked > self._answered:
                     yield from frames_of(pb.Head(working=pb.Working()), [])
                 continue
             if reply is None:
                 return
-            answered += 1
+            self._answered += 1
             yield from frames_of(*reply)
             # A tenant that is silent from here on must not keep its last tensors alive.
             del reply
-            self._room.release()
+            if self._answered > 0:
+                self._room.release()
 
     def refuse(self, error: CutlayerError) -> None:
         """Tell the client why it is not served any more, and end the stream."""
         self._sessions.watch.refused(self._session.tenant, error, run=self._session.run)
         self._outgoing.put((_failure(error), []))
-        self._outgoing.put(None)
+        self._hang_up()
 
     def _read(self) -> None:
         assembler = Assembler(max_message_bytes=self._session.limits.max_message_bytes)
@@ -163,10 +194,12 @@ class _Stream:
                     continue
                 # A client that never reads its replies stops being read.
                 self._room.acquire()
+                if self._ended.is_set():
+                    return
                 self._asked += 1
                 arrived_s = time.monotonic()
                 work = functools.partial(self._answer, message, arrived_s)
-                last = self._sessions.on_trunk(work)
+                last = self._sessions.on_trunk(work, self._session.tenant)
                 del frame, message, work
         except ProtocolError as error:
             self._outgoing.put((_failure(error), []))
@@ -179,6 +212,8 @@ class _Stream:
 
     def _answer(self, message: Message, arrived_s: float) -> None:
         session = self._session
+        if session.stream != self._number:
+            return  # the client has come back on another stream, and says there what it asks
         reply = session.answer(message, arrived_s)
         self._outgoing.put(reply)
         self._sessions.watch.answered(
@@ -202,6 +237,8 @@ def _told_by_code(
             refused(context, error)
             context.set_trailing_metadata((("cutlayer-code", error.code),))
             context.abort(grpc.StatusCode.FAILED_PRECONDITION, str(error))
+        except Stopped:
+            context.abort(grpc.StatusCode.UNAVAILABLE, "the server is stopping")
         except Exception as error:
             log.exception("a control call failed")
             context.abort(grpc.StatusCode.INTERNAL, f"the server failed ({type(error).__name__})")

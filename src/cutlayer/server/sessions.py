@@ -1,251 +1,43 @@
-"""One tenant's run: check every request, do it on the trunk, answer it.
+"""All the sessions of a server: opened, attached to streams, parked, and made again.
 
-A session knows tensors and no gRPC. Requests of all sessions are done one after another by one
-thread per trunk, in the order in which they came.
+A session is in memory while its tenant is heard of within the lease, and in the journal until it
+is closed. Everything that touches a session's tensors is done by the trunk's thread.
 """
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import math
 import secrets
 import threading
 import time
 from collections.abc import Callable
-from concurrent.futures import Future
-from dataclasses import dataclass, field
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
-import torch
-from torch import Tensor
-
-from cutlayer.errors import ConfigError, CutlayerError, NotFinite, ProtocolError, Refused
+from cutlayer.errors import ConfigError, CutlayerError, Refused
 from cutlayer.server.access import Limits
+from cutlayer.server.database import Journal
 from cutlayer.server.names import is_plain_name
+from cutlayer.server.optimizers import OPTIMIZERS
+from cutlayer.server.session import Reply, Session
+from cutlayer.server.session_table import SessionTable
 from cutlayer.server.store import State, Store
-from cutlayer.server.trunk import OPTIMIZERS, Group, SharedTrunk, TenantTrunk
+from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
-from cutlayer.server.worker import TrunkThread, give_memory_back
+from cutlayer.server.worker import Stopped, TrunkThread, give_memory_back
 from cutlayer.split.adapters import LoraTarget, TrunkLora
 from cutlayer.split.cut import Cut
-from cutlayer.split.entry import CARRIED
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
 from cutlayer.wire.codecs import CODECS
-from cutlayer.wire.frames import Message
-from cutlayer.wire.tensors import DTYPES, attach_tensors, read_tensors, refuse_not_finite
 
-__all__ = ["Reply", "Session", "Sessions"]
+__all__ = ["Sessions"]
 
 log = logging.getLogger(__name__)
-
-Reply = tuple[pb.Head, list[memoryview]]
-
-
-@dataclass
-class Session:
-    """One run of one tenant over one stream."""
-
-    identifier: str
-    tenant: str
-    run: str
-    codec: str
-    trunk: TenantTrunk
-    store: Store
-    limits: Limits
-    keeps_adapter: bool
-    width: int
-    last_sequence: int = 0
-    settings: dict[str, Any] = field(default_factory=dict)
-    saved_bytes: int = 0
-    """Bytes of the state that was saved last."""
-
-    def answer(self, message: Message, arrived_s: float) -> Reply:
-        """Do what a message asks and return the reply; a failure is a reply too."""
-        started_s = time.monotonic()
-        head = pb.Head(sequence=message.head.sequence)
-        try:
-            tensors = self._do(message)
-        except CutlayerError as error:
-            head.failure.code, head.failure.message = error.code, str(error)
-            return head, []
-        except Exception as error:  # a model's own forward may raise anything
-            log.exception("session of tenant %s: request failed", self.tenant)
-            head.failure.code = CutlayerError.code
-            head.failure.message = (
-                f"the trunk failed on this request ({type(error).__name__}): the server's log has "
-                "the cause"
-            )
-            return head, []
-        head.done.compute_s = time.monotonic() - started_s
-        head.done.queue_s = started_s - arrived_s
-        return head, attach_tensors(head, tensors, codecs=self._codecs(tensors))
-
-    def _codecs(self, tensors: dict[str, Tensor]) -> dict[str, str]:
-        return {name: self.codec for name in ("trunk_out", "gradient") if name in tensors}
-
-    def _do(self, message: Message) -> dict[str, Tensor]:
-        head = message.head
-        if head.sequence != self.last_sequence + 1:
-            raise ProtocolError(
-                f"request {head.sequence} came after {self.last_sequence}: requests are numbered "
-                "without a gap"
-            )
-        self.last_sequence = head.sequence
-        tensors = read_tensors(message)
-        verb = head.WhichOneof("verb")
-        do: Callable[[pb.Head, dict[str, Tensor]], dict[str, Tensor]] | None
-        do = getattr(self, f"_do_{verb}", None)
-        if do is None:
-            raise ProtocolError(f"'{verb}' is nothing that a client can ask for")
-        return do(head, tensors)
-
-    def _do_forward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        asked = head.forward
-        smashed_BTD = tensors.pop("smashed", torch.empty(0))
-        if smashed_BTD.dim() != 3 or smashed_BTD.shape[2] != self.width or 0 in smashed_BTD.shape:
-            raise ProtocolError(
-                f"activations of shape {tuple(smashed_BTD.shape)} came: (batch, tokens, "
-                f"{self.width}) is expected"
-            )
-        if not set(tensors) <= set(CARRIED) or any(0 in t.shape for t in tensors.values()):
-            raise ProtocolError(f"tensors {sorted(tensors)} came with the activations")
-        if asked.keep_graph and self.trunk.pending >= self.limits.max_pending:
-            raise ProtocolError(
-                f"{self.trunk.pending} forwards wait for their backward: the limit is "
-                f"{self.limits.max_pending}"
-            )
-        refuse_not_finite(smashed_BTD, "the smashed activations", "nothing was computed")
-        if asked.autocast and asked.autocast not in ("bfloat16", "float16"):
-            raise ProtocolError(f"autocast to '{asked.autocast}' is unknown")
-        out_BTD = self.trunk.forward(
-            head.sequence,
-            smashed_BTD,
-            tensors,
-            training=asked.training,
-            keep_graph=asked.keep_graph,
-            wants_gradient=asked.wants_gradient,
-            seed=asked.seed,
-            autocast=DTYPES[asked.autocast] if asked.autocast else None,
-            adapter_disabled=asked.adapter_disabled,
-            cache=asked.cache,
-            past_tokens=asked.past_tokens,
-            cache_rows=asked.cache_rows,
-        )
-        return {"trunk_out": out_BTD}
-
-    def _do_backward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        grad_BTD = tensors.get("gradient", torch.empty(0))
-        refuse_not_finite(grad_BTD, "the gradient at the upper cut", "no gradient was accumulated")
-        asked = head.backward
-        grad_smashed_BTD = self.trunk.backward(asked.forward_sequence, grad_BTD, hold=asked.hold)
-        answer = {"norms": self.trunk.gradients.norms(asked.hold)} if asked.norms else {}
-        if grad_smashed_BTD is not None:
-            answer["gradient"] = grad_smashed_BTD
-        return answer
-
-    def _do_commit(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if not math.isfinite(head.commit.factor):
-            raise NotFinite("the gradient of the loss is NaN or infinite: nothing was committed")
-        self.trunk.gradients.commit(head.commit.hold, head.commit.factor)
-        return {"norms": self.trunk.gradients.norms()}
-
-    def _do_release(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.gradients.release(head.release.hold)
-        return {}
-
-    def _do_optim_step(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        asked = head.optim_step
-        groups = [
-            Group(dict(g.numbers), dict(g.flags), tuple(g.betas), tuple(g.names))
-            for g in asked.groups
-        ]
-        numbers = [asked.clip_factor, *(n for g in groups for n in (*g.numbers.values(), *g.betas))]
-        if not all(map(math.isfinite, numbers)):
-            raise ProtocolError("a number of the optimizer step is not finite")
-        if any(group.names for group in groups):
-            self.settings["optimizer"] = asked.optimizer
-            self.settings["groups"] = [
-                {
-                    "numbers": dict(g.numbers),
-                    "flags": dict(g.flags),
-                    "betas": g.betas,
-                    "names": g.names,
-                }
-                for g in groups
-            ]
-        self.trunk.optim_step(asked.step, asked.optimizer, groups, asked.clip_factor)
-        return {}
-
-    def _do_zero_grad(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.gradients.zero()
-        return {}
-
-    def _do_discard(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.discard(head.discard.forward_sequence)
-        return {}
-
-    def _do_drop_cache(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.drop_cache(head.drop_cache.cache)
-        return {}
-
-    def _do_export_adapter(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        if self.keeps_adapter:
-            raise Refused(
-                "this server keeps the trunk's half of the adapter: use it through the split "
-                "(cutlayer generate), or ask its operator for it"
-            )
-        return self.trunk.export_adapter()
-
-    def _do_import_adapter(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        for name, tensor in tensors.items():
-            refuse_not_finite(tensor, f"adapter tensor '{name}'", "the adapter was not taken up")
-        self.trunk.import_adapter(tensors)
-        return {}
-
-    def _do_echo(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {"payload": tensors.get("payload", torch.empty(0))}
-
-    def _do_save_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.save(head.save_state.step)
-        return {}
-
-    def _do_load_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.take_up(head.load_state.step)
-        return {}
-
-    def save(self, step: int) -> None:
-        """Keep the adapter and the optimizer as they are.
-
-        Raises:
-            StorageError: If the disk says no.
-        """
-        if not self.trunk.lora.targets:
-            return
-        state = State(
-            step, self.trunk.export_adapter(), self.trunk.optimizer_tensors(), self.settings
-        )
-        self.store.save(self.tenant, self.run, state)
-        self.saved_bytes = state.size_bytes
-
-    def take_up(self, step: int | None) -> None:
-        """Go back to a kept state of this run, or its last.
-
-        Raises:
-            Refused: If there is none, or it does not fit.
-        """
-        if not self.trunk.lora.targets:
-            return
-        state = self.store.load(self.tenant, self.run, step)
-        self.trunk.import_adapter(state.adapter)
-        self.settings = dict(state.settings)
-        groups = [
-            Group(g["numbers"], g["flags"], tuple(g["betas"]), tuple(g["names"]))
-            for g in self.settings.get("groups", [])
-        ]
-        if groups:
-            self.trunk.restore_optimizer(self.settings["optimizer"], groups, state.optimizer)
-        self.trunk.step = state.step
 
 
 class Sessions:
@@ -267,9 +59,16 @@ class Sessions:
         self.limits = limits or Limits()
         self.keeps_adapter = keeps_adapter
         self._store = store
+        self._journal = Journal(store.root)
+        self._table = SessionTable(self._journal)
         self._open: dict[str, Session] = {}
         self._lock = threading.Lock()
         self._thread = TrunkThread()
+        self._marks = ThreadPoolExecutor(1, thread_name_prefix="marks")
+        self._marking: set[str] = set()
+        self._mark_lock = threading.RLock()
+        self._stopping = threading.Event()
+        threading.Thread(target=self._sweep, name="leases", daemon=True).start()
 
     def offer(self) -> pb.Offer:
         """Return what this server holds and allows."""
@@ -281,6 +80,7 @@ class Sessions:
             max_message_bytes=self.limits.max_message_bytes,
             max_rank=self.limits.max_rank,
             idle_timeout_s=self.limits.idle_timeout_s,
+            lease_s=self.limits.lease_s,
         )
 
     def open(self, tenant: str, asked: pb.OpenSessionRequest) -> Session:
@@ -289,6 +89,7 @@ class Sessions:
         Raises:
             Refused: Naming all that the two sides do not agree on.
             ConfigError: If the LoRA does not fit the trunk.
+            StorageError: If the journal cannot be written.
         """
         faults = disagreements(asked.agreement, self.agreement)
         if asked.codec not in CODECS:
@@ -300,74 +101,226 @@ class Sessions:
             faults.append(f"LoRA rank {max(ranks)} is not within 1 and {self.limits.max_rank}")
         if faults:
             raise Refused("; ".join(faults))
+
+        def make() -> Session:
+            session = self._made(secrets.token_urlsafe(24), tenant, asked)
+            if asked.take_up:
+                session.take_up(None)
+            # A run that is opened again has left its old session behind.
+            for key, other in list(self._open.items()):
+                if (other.tenant, other.run) == (tenant, asked.run):
+                    self._let_go(key)
+            self._make_room()
+            with self._mark_lock:
+                self._table.add(session.identifier, tenant, asked)
+                self._store.drop_marks(tenant, asked.run)
+            if asked.take_up:
+                # What is taken up may have changed when this session must be made again.
+                self._write_mark(session, session.state())
+            self._open[session.identifier] = session
+            return session
+
+        opened: Session = self.on_trunk(make, tenant).result()
+        log.info("tenant %s opened run %s at cut %s", tenant, asked.run, opened.trunk.cut)
+        return opened
+
+    def _made(self, identifier: str, tenant: str, asked: pb.OpenSessionRequest) -> Session:
         cut = Cut(asked.agreement.lower, asked.agreement.upper)
         lora = _lora_of(asked.lora, self.trunk, cut)
-
-        def make() -> TenantTrunk:
-            give_memory_back()  # else the tenant's tensors settle between another's activations
-            return self.trunk.tenant(cut, lora, gradient_checkpointing=asked.gradient_checkpointing)
-
-        made: TenantTrunk = self.on_trunk(make).result()
-        session = Session(
-            identifier=secrets.token_urlsafe(24),
+        give_memory_back()  # else the tenant's tensors settle between another's activations
+        return Session(
+            identifier=identifier,
             tenant=tenant,
             run=asked.run,
             codec=asked.codec,
-            trunk=made,
+            trunk=self.trunk.tenant(cut, lora, gradient_checkpointing=asked.gradient_checkpointing),
             store=self._store,
             limits=self.limits,
             keeps_adapter=self.keeps_adapter,
             width=self.trunk.model.config.get_text_config().hidden_size,
+            write_mark=self._mark_aside,
         )
-        if asked.take_up:
-            self.on_trunk(lambda: session.take_up(None)).result()
-        with self._lock:
-            # A run that is opened again has left its old session behind.
-            for key, other in list(self._open.items()):
-                if (other.tenant, other.run) == (tenant, asked.run):
-                    del self._open[key]
-            if len(self._open) >= self.limits.max_sessions:
-                raise Refused(
-                    f"{self.limits.max_sessions} sessions are open, which is this server's limit: "
-                    "try again later"
-                )
-            self._open[session.identifier] = session
-        log.info("tenant %s opened run %s at cut %s", tenant, asked.run, cut)
-        return session
 
-    def get(self, tenant: str, identifier: str) -> Session:
-        """Return an open session of this tenant.
+    def attach(
+        self, tenant: str, identifier: str, received: int, hang_up: Callable[[], None]
+    ) -> tuple[Session, int, list[Reply]]:
+        """Begin a stream of a session, one that is parked or was lost with its server included.
+
+        Args:
+            tenant: Who calls.
+            identifier: The session.
+            received: The last reply that has reached the client.
+            hang_up: Ends the stream.
+
+        Returns:
+            The session, the number of its stream, and what must be said on it first.
 
         Raises:
             Refused: If there is none; another tenant's is told the same way.
         """
-        with self._lock:
+
+        def attach() -> tuple[Session, int, list[Reply]]:
             session = self._open.get(identifier)
-        if session is None or session.tenant != tenant:
-            raise Refused("there is no such session: it was closed or never opened")
+            if session is None:
+                session = self._revived(tenant, identifier)
+            if session is None or session.tenant != tenant:
+                raise Refused("there is no such session: it was closed or never opened")
+            return session, *session.attach(received, hang_up)
+
+        attached: tuple[Session, int, list[Reply]] = self.on_trunk(attach, tenant).result()
+        return attached
+
+    def _revived(self, tenant: str, identifier: str) -> Session | None:
+        entry = self._table.find(identifier)
+        if entry is None or entry.tenant != tenant:
+            return None
+        self._make_room()
+        session = self._made(identifier, tenant, entry.asked)
+        if entry.mark or entry.asked.take_up:
+            session.restore(self._store.marked(tenant, entry.run, entry.mark))
+        session.last_sequence = session.durable = entry.mark
+        self._open[identifier] = session
+        self.watch.happened("resumed", tenant, entry.run, step=session.trunk.step)
+        log.info("tenant %s resumed run %s after request %d", tenant, entry.run, entry.mark)
         return session
 
-    def close(self, session: Session) -> None:
-        """Give a session's place back; what the server keeps is saved first."""
-        with self._lock:
-            if self._open.pop(session.identifier, None) is None:
-                return
-        if self.keeps_adapter:
-            self.on_trunk(lambda: session.save(session.trunk.step)).result()
-        self.watch.happened("closed", session.tenant, session.run, step=session.trunk.step)
-        log.info(
-            "tenant %s closed run %s at step %d", session.tenant, session.run, session.trunk.step
-        )
+    def _make_room(self) -> None:
+        """Park the session that was silent longest if all places are taken.
 
-    def on_trunk(self, work: Callable[[], Any]) -> Future[Any]:
-        """Have the trunk's thread do something in its turn."""
-        return self._thread.submit(work)
+        Raises:
+            Refused: If all of them have a stream.
+        """
+        if len(self._open) < self.limits.max_sessions:
+            return
+        silent = [session for session in self._open.values() if session.hang_up is None]
+        if not silent:
+            raise Refused(
+                f"{self.limits.max_sessions} sessions are open, which is this server's limit: "
+                "try again later"
+            )
+        self._park(min(silent, key=lambda session: session.silent_since_s))
+
+    # ------------------------------------------------------------------ marks and parking
+
+    def _mark_aside(self, session: Session, state: State) -> None:
+        """Write a mark while the trunk goes on; a failure leaves the older one in force."""
+        if session.identifier in self._marking:
+            return
+        self._marking.add(session.identifier)
+        frozen = replace(
+            state,
+            adapter={name: tensor.clone() for name, tensor in state.adapter.items()},
+            optimizer={name: tensor.clone() for name, tensor in state.optimizer.items()},
+            settings=dict(state.settings),
+        )
+        sequence = session.last_sequence
+
+        def write() -> None:
+            try:
+                self._write_mark(session, frozen, sequence)
+            except CutlayerError as error:
+                log.warning("tenant %s: no mark was written: %s", session.tenant, error)
+            finally:
+                self._marking.discard(session.identifier)
+
+        self._marks.submit(write)
+
+    def _write_mark(self, session: Session, state: State, sequence: int | None = None) -> None:
+        sequence = session.last_sequence if sequence is None else sequence
+        with self._mark_lock:
+            stale = self._open.get(session.identifier, session) is not session
+            if stale or session.durable > sequence:
+                return
+            self._store.mark(session.tenant, session.run, sequence, state)
+            self._table.marked(session.identifier, sequence)
+            session.durable = sequence
+            self._store.drop_marks(session.tenant, session.run, but=sequence)
+
+    def _park(self, session: Session) -> None:
+        """Free a session's memory; it is made again from its mark when it is called.
+
+        What was done since a mark is sent again by the client, so a session may be parked at any
+        moment; between steps a new mark spares that.
+        """
+        if session.is_between_steps() and session.last_sequence > session.durable:
+            with contextlib.suppress(CutlayerError):  # a full disk: the older mark stays in force
+                self._write_mark(session, session.state())
+        self._let_go(session.identifier)
+        give_memory_back()
+        self.watch.happened("parked", session.tenant, session.run, step=session.trunk.step)
+        log.info("tenant %s: run %s was parked", session.tenant, session.run)
+
+    def _let_go(self, identifier: str) -> None:
+        session = self._open.pop(identifier, None)
+        if session is not None:
+            session.stream += 1  # what its stream has queued is not done any more
+            if session.hang_up is not None:
+                session.hang_up()
+
+    def _sweep(self) -> None:
+        """Park sessions whose tenants were silent for longer than the lease."""
+        while not self._stopping.wait(min(self.limits.lease_s / 4, 5.0)):
+            for session in list(self._open.values()):
+                if self._is_silent(session):
+                    with contextlib.suppress(Stopped):
+                        self.on_trunk(partial(self._park_if_silent, session), session.tenant)
+
+    def _is_silent(self, session: Session) -> bool:
+        return time.monotonic() - session.silent_since_s > self.limits.lease_s
+
+    def _park_if_silent(self, session: Session) -> None:
+        if session.identifier in self._open and self._is_silent(session):
+            self._park(session)
+
+    # ------------------------------------------------------------------ the end
+
+    def get(self, tenant: str, identifier: str) -> None:
+        """Make sure that a session is this tenant's, open or parked.
+
+        Raises:
+            Refused: If there is none; another tenant's is told the same way.
+        """
+        entry = self._table.find(identifier)
+        if entry is None or entry.tenant != tenant:
+            raise Refused("there is no such session: it was closed or never opened")
+
+    def close(self, tenant: str, identifier: str) -> None:
+        """End a session for good; what the server keeps is saved first.
+
+        Raises:
+            Refused: If there is none; another tenant's is told the same way.
+        """
+        self.get(tenant, identifier)
+
+        def end() -> None:
+            session = self._open.get(identifier)
+            if session is None and self.keeps_adapter:
+                session = self._revived(tenant, identifier)
+            if session is not None and self.keeps_adapter:
+                session.save(session.trunk.step)
+            self._let_go(identifier)
+            entry = self._table.find(identifier)
+            if entry is not None:
+                self._table.drop(identifier)
+                self._store.drop_marks(tenant, entry.run)
+                steps = {"step": session.trunk.step} if session is not None else {}
+                self.watch.happened("closed", tenant, entry.run, **steps)
+                log.info("tenant %s closed run %s", tenant, entry.run)
+
+        self.on_trunk(end, tenant).result()
+
+    def on_trunk(self, work: Callable[[], Any], tenant: str = "") -> Future[Any]:
+        """Have the trunk's thread do something in a tenant's turn."""
+        return self._thread.submit(work, tenant)
 
     def stop(self) -> None:
-        """Finish what is being computed, keep what is to be kept, and stop."""
+        """Finish what was handed in, mark where each session stands, and stop."""
+        self._stopping.set()
         for session in list(self._open.values()):
-            self.close(session)
+            self.on_trunk(partial(self._park, session), session.tenant)
         self._thread.stop()
+        self._marks.shutdown()
+        self._journal.close()
 
 
 def _lora_of(asked: pb.LoraSpec, trunk: SharedTrunk, cut: Cut) -> TrunkLora:

@@ -1,8 +1,11 @@
 """What a server keeps of its tenants: adapters and optimizer states, as safetensors files.
 
-    <root>/<tenant>/<run>/step-<n>/adapter.safetensors, optimizer.safetensors, state.json
+    <root>/<tenant>/<run>/step-<n>~<k>/adapter.safetensors, optimizer.safetensors, state.json
+    <root>/<tenant>/<run>/mark-<n>/…    where a session stood after its request n
 
-A state is written aside, synced and renamed, so that a half-written one never has a final name.
+A state is written aside, synced and renamed, so that a half-written one never has a final name. A
+step that is saved again gets the next k, and the older one is dropped when that stands: at no
+moment is there none.
 """
 
 from __future__ import annotations
@@ -23,8 +26,6 @@ from cutlayer.errors import Refused, StorageError
 from cutlayer.server.names import is_plain_name
 
 __all__ = ["State", "Store"]
-
-_KEPT_STATES = 2
 
 
 @dataclass(frozen=True)
@@ -49,34 +50,83 @@ class Store:
     root: Path
 
     def save(self, tenant: str, run: str, state: State) -> None:
-        """Write a state and drop all but the two that were saved last under this name.
+        """Write a state under its step.
 
         Raises:
             StorageError: If the disk is full or cannot be written; older states stay.
         """
         home = self._home(tenant, run)
-        final = home / f"step-{state.step}"
-        aside = home / f".step-{state.step}.part"
+        older = list(home.glob(f"step-{state.step}~*"))
+        number = max(map(_age_of, older), default=0) + 1
+        self._write(home, f"step-{state.step}~{number}", state)
+        for folder in older:
+            shutil.rmtree(folder, ignore_errors=True)
+
+    def retain(self, tenant: str, run: str, steps: set[int]) -> None:
+        """Drop all states of a run but those of these steps."""
+        home = self._home(tenant, run)
+        for folder in home.glob("step-*"):
+            if _step_of(folder) not in steps:
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def mark(self, tenant: str, run: str, sequence: int, state: State) -> None:
+        """Write where a session stood after a request, beside its older marks.
+
+        Raises:
+            StorageError: If the disk is full or cannot be written; older marks stay.
+        """
+        self._write(self._home(tenant, run), f"mark-{sequence}", state)
+
+    def marked(self, tenant: str, run: str, sequence: int) -> State:
+        """Read a mark.
+
+        Raises:
+            Refused: If it is not there or damaged.
+        """
+        return self._read(self._home(tenant, run) / f"mark-{sequence}")
+
+    def drop_marks(self, tenant: str, run: str, *, but: int = 0) -> None:
+        """Drop the marks of a run, but the one after the request `but`."""
+        for folder in self._home(tenant, run).glob("mark-*"):
+            if folder.name != f"mark-{but}":
+                shutil.rmtree(folder, ignore_errors=True)
+
+    def _write(self, home: Path, name: str, state: State) -> None:
+        final, aside = home / name, home / f".{name}.part"
         try:
             shutil.rmtree(aside, ignore_errors=True)
             aside.mkdir(parents=True, mode=0o700)
             save_file(dict(state.adapter), aside / "adapter.safetensors")
             save_file(dict(state.optimizer), aside / "optimizer.safetensors")
-            (aside / "state.json").write_text(json.dumps(dict(state.settings)))
+            settings = {**state.settings, "step": state.step}
+            (aside / "state.json").write_text(json.dumps(settings))
             for file in aside.iterdir():
                 with file.open("rb") as opened:
                     os.fsync(opened.fileno())
-            shutil.rmtree(final, ignore_errors=True)
             aside.rename(final)
+            _sync_folder(home)
         except (OSError, SafetensorError) as error:
             shutil.rmtree(aside, ignore_errors=True)
             reason = getattr(error, "strerror", None) or type(error).__name__
             raise StorageError(
-                f"the server could not save step {state.step} of run '{run}' ({reason}): its "
+                f"the server could not save step {state.step} of run '{home.name}' ({reason}): its "
                 "operator must free space; what was saved before is untouched"
             ) from error
-        for folder in _by_age(home)[:-_KEPT_STATES]:
-            shutil.rmtree(folder, ignore_errors=True)
+
+    def _read(self, folder: Path) -> State:
+        try:
+            settings = json.loads((folder / "state.json").read_text())
+            return State(
+                step=int(settings.pop("step")),
+                adapter=load_file(folder / "adapter.safetensors"),
+                optimizer=load_file(folder / "optimizer.safetensors"),
+                settings=settings,
+            )
+        except (OSError, SafetensorError, ValueError, KeyError) as error:
+            raise Refused(
+                f"what the server kept of run '{folder.parent.name}' as {folder.name} cannot be "
+                f"read ({type(error).__name__}): resume at another step"
+            ) from error
 
     def load(self, tenant: str, run: str, step: int | None = None) -> State:
         """Read the state of one step, or the one that was saved last.
@@ -93,17 +143,12 @@ class Store:
                 f"the server has no state of run '{run}' at step {wanted}: {held}; start the run "
                 "anew or resume at a step that both sides hold"
             )
-        folder = self._home(tenant, run) / f"step-{wanted}"
-        return State(
-            step=int(wanted or 0),
-            adapter=load_file(folder / "adapter.safetensors"),
-            optimizer=load_file(folder / "optimizer.safetensors"),
-            settings=json.loads((folder / "state.json").read_text()),
-        )
+        folders = self._home(tenant, run).glob(f"step-{wanted}~*")
+        return self._read(max(folders, key=_age_of))
 
     def steps(self, tenant: str, run: str) -> list[int]:
         """Return the steps held of a run, ascending."""
-        return sorted(map(_step_of, self._home(tenant, run).glob("step-*")))
+        return sorted(set(map(_step_of, self._home(tenant, run).glob("step-*"))))
 
     def _home(self, tenant: str, run: str) -> Path:
         if not (is_plain_name(tenant) and is_plain_name(run)):
@@ -114,7 +159,20 @@ class Store:
 
 
 def _step_of(folder: Path) -> int:
-    return int(folder.name.removeprefix("step-"))
+    return int(folder.name.removeprefix("step-").partition("~")[0])
+
+
+def _age_of(folder: Path) -> int:
+    return int(folder.name.partition("~")[2])
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have a rename in this folder survive a power cut."""
+    opened = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
 
 
 def _by_age(home: Path) -> list[Path]:

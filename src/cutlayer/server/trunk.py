@@ -13,7 +13,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -25,36 +25,11 @@ from transformers import DynamicCache, PreTrainedModel
 
 from cutlayer.errors import ConfigError, ProtocolError, Refused
 from cutlayer.server.gradients import Gradients
+from cutlayer.server.optimizers import OPTIMIZERS, Group
 from cutlayer.split.adapters import ADAPTER, TrunkLora, adapter_state, seed_adapter, trunk_config
 from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
 
-__all__ = ["OPTIMIZERS", "Group", "SharedTrunk", "TenantTrunk"]
-
-OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
-    cls.__name__: cls
-    for cls in (
-        torch.optim.AdamW,
-        torch.optim.Adam,
-        torch.optim.NAdam,
-        torch.optim.RAdam,
-        torch.optim.Adamax,
-        torch.optim.Adafactor,
-        torch.optim.Adagrad,
-        torch.optim.RMSprop,
-        torch.optim.SGD,
-    )
-}
-
-
-@dataclass(frozen=True)
-class Group:
-    """One parameter group of an optimizer, as the client's optimizer has it at this step."""
-
-    numbers: Mapping[str, float]
-    flags: Mapping[str, bool]
-    betas: tuple[float, ...] = ()
-    names: tuple[str, ...] = ()
-    """The trunk's parameters in this group; given at an optimizer's first step only."""
+__all__ = ["SharedTrunk", "TenantTrunk"]
 
 
 @dataclass(frozen=True)
@@ -164,6 +139,11 @@ class TenantTrunk:
     def pending(self) -> int:
         """How many forwards wait for their backward, and gradients for their commit."""
         return len(self._kept) + self.gradients.holds
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether there is more to this than adapter and optimizer: it is within a step."""
+        return bool(self.pending or self._caches or self.gradients.accumulated)
 
     # ------------------------------------------------------------------ forward and backward
 

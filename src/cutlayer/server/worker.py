@@ -1,16 +1,17 @@
-"""The one thread that computes for all tenants, and gives memory back when it has nothing to do."""
+"""The one thread that computes for all tenants in turn, and gives memory back when it is idle."""
 
 from __future__ import annotations
 
 import contextlib
 import ctypes
-import queue
 import threading
+import time
+from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
 from typing import Any
 
-__all__ = ["TrunkThread", "give_memory_back"]
+__all__ = ["Stopped", "TrunkThread", "give_memory_back"]
 
 _IDLE_AFTER_S = 4.0
 
@@ -27,54 +28,88 @@ def give_memory_back() -> None:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
+class Stopped(RuntimeError):
+    """The server is on its way down; what was asked was not done."""
+
+
 class TrunkThread:
-    """Do what is handed in, one after the other, in the order in which it came."""
+    """Do what is handed in: a tenant's work in its order, and first the tenant that has had least.
+
+    Start-time fair queueing: each tenant has a clock of the seconds that were computed for it, and
+    the earliest clock is served. A tenant that comes back from a pause is put at the present: it
+    gets no credit for time that it did not ask for.
+    """
 
     def __init__(self) -> None:
-        self._queue: queue.SimpleQueue[_Work | None] = queue.SimpleQueue()
+        self._waiting: dict[str, deque[_Work]] = {}
+        self._clocks: dict[str, float] = {}
+        self._now = 0.0
         self._stopped = False
-        self._lock = threading.Lock()
+        self._changed = threading.Condition()
         self._thread = threading.Thread(target=self._run, name="trunk", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[], Any]) -> Future[Any]:
-        """Have something done in its turn.
+    def submit(self, work: Callable[[], Any], tenant: str = "") -> Future[Any]:
+        """Have something done in this tenant's turn.
 
         Raises:
-            RuntimeError: If the thread was stopped.
+            Stopped: If the thread was stopped.
         """
         future: Future[Any] = Future()
-        with self._lock:
+        with self._changed:
             if self._stopped:
-                raise RuntimeError("the trunk's thread was stopped")
-            self._queue.put((work, future))
+                raise Stopped("the trunk's thread was stopped")
+            queue = self._waiting.setdefault(tenant, deque())
+            if not queue:
+                self._clocks[tenant] = max(self._clocks.get(tenant, 0.0), self._now)
+            queue.append((work, future))
+            self._changed.notify()
         return future
+
+    def depth(self) -> int:
+        """Return how many pieces of work wait."""
+        with self._changed:
+            return sum(map(len, self._waiting.values()))
 
     def stop(self) -> None:
         """Finish what was handed in, and stop."""
-        with self._lock:
-            if not self._stopped:
-                self._stopped = True
-                self._queue.put(None)
+        with self._changed:
+            self._stopped = True
+            self._changed.notify()
         self._thread.join()
+
+    def _next(self, timeout_s: float | None) -> tuple[str, _Work] | None:
+        """Return what is to be done now, `None` if nothing came in time."""
+        with self._changed:
+            self._changed.wait_for(lambda: bool(self._waiting) or self._stopped, timeout_s)
+            if not self._waiting:
+                return None
+            tenant = min(self._waiting, key=self._clocks.__getitem__)
+            self._now = self._clocks[tenant]
+            work = self._waiting[tenant].popleft()
+            if not self._waiting[tenant]:
+                del self._waiting[tenant]
+            return tenant, work
 
     def _run(self) -> None:
         is_tidy = True
         while True:
-            try:
-                item = self._queue.get(timeout=None if is_tidy else _IDLE_AFTER_S)
-            except queue.Empty:
+            item = self._next(None if is_tidy else _IDLE_AFTER_S)
+            if item is None:
+                if self._stopped:
+                    return
                 # Not after every step: that would cost a sixth of the trunk's time.
                 give_memory_back()
                 is_tidy = True
                 continue
-            if item is None:
-                return
-            work, future = item
+            tenant, (work, future) = item
+            started_s = time.monotonic()
             try:
                 future.set_result(work())
             except BaseException as error:
                 future.set_exception(error)
+            with self._changed:
+                self._clocks[tenant] += time.monotonic() - started_s
             # What was done must not live on in this frame while the thread waits.
             del item, work, future
             is_tidy = False

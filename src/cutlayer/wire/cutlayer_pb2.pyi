@@ -58,7 +58,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("agreement", "model_id", "version", "codecs", "optimizers", "keeps_adapter", "max_message_bytes", "max_rank", "idle_timeout_s")
+    __slots__ = ("agreement", "model_id", "version", "codecs", "optimizers", "keeps_adapter", "max_message_bytes", "max_rank", "idle_timeout_s", "lease_s")
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -68,6 +68,7 @@ class Offer(_message.Message):
     MAX_MESSAGE_BYTES_FIELD_NUMBER: _ClassVar[int]
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
+    LEASE_S_FIELD_NUMBER: _ClassVar[int]
     agreement: Agreement
     model_id: str
     version: str
@@ -77,7 +78,8 @@ class Offer(_message.Message):
     max_message_bytes: int
     max_rank: int
     idle_timeout_s: float
-    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., model_id: _Optional[str] = ..., version: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., keeps_adapter: bool = ..., max_message_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ...) -> None: ...
+    lease_s: float
+    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., model_id: _Optional[str] = ..., version: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., keeps_adapter: bool = ..., max_message_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
 
 class LoraModule(_message.Message):
     __slots__ = ("name", "rank", "alpha")
@@ -166,9 +168,11 @@ class TensorMeta(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("sequence", "tensors", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "done", "working", "failure")
+    __slots__ = ("sequence", "tensors", "follows", "received", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "mark", "retain", "done", "working", "failure", "attached")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
+    FOLLOWS_FIELD_NUMBER: _ClassVar[int]
+    RECEIVED_FIELD_NUMBER: _ClassVar[int]
     FORWARD_FIELD_NUMBER: _ClassVar[int]
     BACKWARD_FIELD_NUMBER: _ClassVar[int]
     OPTIM_STEP_FIELD_NUMBER: _ClassVar[int]
@@ -182,11 +186,16 @@ class Head(_message.Message):
     ECHO_FIELD_NUMBER: _ClassVar[int]
     COMMIT_FIELD_NUMBER: _ClassVar[int]
     RELEASE_FIELD_NUMBER: _ClassVar[int]
+    MARK_FIELD_NUMBER: _ClassVar[int]
+    RETAIN_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
+    ATTACHED_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorMeta]
+    follows: int
+    received: int
     forward: Forward
     backward: Backward
     optim_step: OptimStep
@@ -200,10 +209,13 @@ class Head(_message.Message):
     echo: Echo
     commit: Commit
     release: Release
+    mark: Mark
+    retain: Retain
     done: Done
     working: Working
     failure: Failure
-    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ...) -> None: ...
+    attached: Attached
+    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., follows: _Optional[int] = ..., received: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., mark: _Optional[_Union[Mark, _Mapping]] = ..., retain: _Optional[_Union[Retain, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("training", "keep_graph", "wants_gradient", "seed", "autocast", "adapter_disabled", "cache", "past_tokens", "cache_rows")
@@ -320,22 +332,46 @@ class SaveState(_message.Message):
     def __init__(self, step: _Optional[int] = ...) -> None: ...
 
 class LoadState(_message.Message):
-    __slots__ = ("step",)
+    __slots__ = ("step", "run")
     STEP_FIELD_NUMBER: _ClassVar[int]
+    RUN_FIELD_NUMBER: _ClassVar[int]
     step: int
-    def __init__(self, step: _Optional[int] = ...) -> None: ...
+    run: str
+    def __init__(self, step: _Optional[int] = ..., run: _Optional[str] = ...) -> None: ...
+
+class Mark(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Retain(_message.Message):
+    __slots__ = ("steps",)
+    STEPS_FIELD_NUMBER: _ClassVar[int]
+    steps: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Echo(_message.Message):
     __slots__ = ()
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("compute_s", "queue_s")
+    __slots__ = ("compute_s", "queue_s", "durable")
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
     compute_s: float
     queue_s: float
-    def __init__(self, compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ...) -> None: ...
+    durable: int
+    def __init__(self, compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., durable: _Optional[int] = ...) -> None: ...
+
+class Attached(_message.Message):
+    __slots__ = ("reached", "durable", "replies")
+    REACHED_FIELD_NUMBER: _ClassVar[int]
+    DURABLE_FIELD_NUMBER: _ClassVar[int]
+    REPLIES_FIELD_NUMBER: _ClassVar[int]
+    reached: int
+    durable: int
+    replies: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, reached: _Optional[int] = ..., durable: _Optional[int] = ..., replies: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Working(_message.Message):
     __slots__ = ()

@@ -1,0 +1,330 @@
+"""One tenant's run: check every request, do it on the trunk once, answer it.
+
+A session knows tensors and no gRPC. It outlives its stream: a client whose link broke comes back,
+is told what was done, and gets the replies that it missed. What a session has done is a function
+of its requests in their order, so one that was lost with its server is made again by sending
+again all requests since the last mark (docs/decisions/0012).
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from cutlayer.errors import CutlayerError, NotFinite, ProtocolError, Refused
+from cutlayer.server.access import Limits
+from cutlayer.server.optimizers import Group
+from cutlayer.server.store import State, Store
+from cutlayer.server.trunk import TenantTrunk
+from cutlayer.split.entry import CARRIED
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.frames import Message
+from cutlayer.wire.tensors import DTYPES, attach_tensors, read_tensors, refuse_not_finite
+
+__all__ = ["Reply", "Session"]
+
+log = logging.getLogger(__name__)
+
+Reply = tuple[pb.Head, list[memoryview]]
+
+
+@dataclass
+class Session:
+    """One run of one tenant.
+
+    Attributes:
+        last_sequence: The last request that was done.
+        durable: The last request whose effect is on disk, with all before it.
+        replies: What was answered and may not have arrived, by sequence.
+        stream: The number of the stream that is attached; requests of an older one are not done.
+        hang_up: Ends the attached stream; `None` while there is none.
+        silent_since_s: When the last request came or the stream ended.
+        saved_bytes: Bytes of the state that was saved last.
+    """
+
+    identifier: str
+    tenant: str
+    run: str
+    codec: str
+    trunk: TenantTrunk
+    store: Store
+    limits: Limits
+    keeps_adapter: bool
+    width: int
+    write_mark: Callable[[Session, State], None]
+    last_sequence: int = 0
+    durable: int = 0
+    settings: dict[str, Any] = field(default_factory=dict)
+    replies: dict[int, Reply] = field(default_factory=dict)
+    stream: int = 0
+    hang_up: Callable[[], None] | None = None
+    silent_since_s: float = field(default_factory=time.monotonic)
+    saved_bytes: int = 0
+
+    def attach(self, received: int, hang_up: Callable[[], None]) -> tuple[int, list[Reply]]:
+        """Begin a new stream; return its number and what must be said on it first."""
+        if self.hang_up is not None:
+            self.hang_up()
+        self.stream += 1
+        self.hang_up = hang_up
+        self.silent_since_s = time.monotonic()
+        self._forget(received)
+        attached = pb.Attached(
+            reached=self.last_sequence, durable=self.durable, replies=list(self.replies)
+        )
+        return self.stream, [(pb.Head(attached=attached), []), *self.replies.values()]
+
+    def detach(self, stream: int) -> None:
+        """End a stream; the session waits for the next."""
+        if stream == self.stream:
+            self.hang_up = None
+            self.silent_since_s = time.monotonic()
+
+    def answer(self, message: Message, arrived_s: float) -> Reply:
+        """Do what a message asks, once, and return the reply; a failure is a reply too."""
+        started_s = self.silent_since_s = time.monotonic()
+        asked = message.head
+        if asked.sequence <= self.last_sequence:
+            return self._answered_before(asked.sequence)
+        self._forget(asked.received)
+        head = pb.Head(sequence=asked.sequence)
+        try:
+            tensors = self._do(message)
+        except CutlayerError as error:
+            head.failure.code, head.failure.message = error.code, str(error)
+            return self._remember(head, [])
+        except Exception as error:  # a model's own forward may raise anything
+            log.exception("session of tenant %s: request failed", self.tenant)
+            head.failure.code = CutlayerError.code
+            head.failure.message = (
+                f"the trunk failed on this request ({type(error).__name__}): the server's log has "
+                "the cause"
+            )
+            return self._remember(head, [])
+        head.done.compute_s = time.monotonic() - started_s
+        head.done.queue_s = started_s - arrived_s
+        head.done.durable = self.durable
+        return self._remember(head, attach_tensors(head, tensors, codecs=self._codecs(tensors)))
+
+    def _codecs(self, tensors: dict[str, Tensor]) -> dict[str, str]:
+        return {name: self.codec for name in ("trunk_out", "gradient") if name in tensors}
+
+    def _remember(self, head: pb.Head, parts: list[memoryview]) -> Reply:
+        self.replies[head.sequence] = (head, parts)
+        return head, parts
+
+    def _forget(self, received: int) -> None:
+        """Let go of the replies that have arrived."""
+        for sequence in [known for known in self.replies if known <= received]:
+            del self.replies[sequence]
+
+    def _answered_before(self, sequence: int) -> Reply:
+        if sequence in self.replies:
+            return self.replies[sequence]
+        failure = pb.Failure(
+            code=ProtocolError.code,
+            message=f"request {sequence} was done before and its reply is not kept any more",
+        )
+        return pb.Head(sequence=sequence, failure=failure), []
+
+    def _do(self, message: Message) -> dict[str, Tensor]:
+        head = message.head
+        if head.follows != self.last_sequence:
+            raise ProtocolError(
+                f"request {head.sequence} says that it follows {head.follows} and came after "
+                f"{self.last_sequence}: one between them is missing"
+            )
+        if len(self.replies) > 4 * self.limits.max_pending:
+            raise ProtocolError(
+                f"{len(self.replies)} replies were not acknowledged: read them and say so"
+            )
+        self.last_sequence = head.sequence
+        tensors = read_tensors(message)
+        verb = head.WhichOneof("verb")
+        do: Callable[[pb.Head, dict[str, Tensor]], dict[str, Tensor]] | None
+        do = getattr(self, f"_do_{verb}", None)
+        if do is None:
+            raise ProtocolError(f"'{verb}' is nothing that a client can ask for")
+        return do(head, tensors)
+
+    def _do_forward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        asked = head.forward
+        smashed_BTD = tensors.pop("smashed", torch.empty(0))
+        if smashed_BTD.dim() != 3 or smashed_BTD.shape[2] != self.width or 0 in smashed_BTD.shape:
+            raise ProtocolError(
+                f"activations of shape {tuple(smashed_BTD.shape)} came: (batch, tokens, "
+                f"{self.width}) is expected"
+            )
+        if not set(tensors) <= set(CARRIED) or any(0 in t.shape for t in tensors.values()):
+            raise ProtocolError(f"tensors {sorted(tensors)} came with the activations")
+        if asked.keep_graph and self.trunk.pending >= self.limits.max_pending:
+            raise ProtocolError(
+                f"{self.trunk.pending} forwards wait for their backward: the limit is "
+                f"{self.limits.max_pending}"
+            )
+        refuse_not_finite(smashed_BTD, "the smashed activations", "nothing was computed")
+        if asked.autocast and asked.autocast not in ("bfloat16", "float16"):
+            raise ProtocolError(f"autocast to '{asked.autocast}' is unknown")
+        out_BTD = self.trunk.forward(
+            head.sequence,
+            smashed_BTD,
+            tensors,
+            training=asked.training,
+            keep_graph=asked.keep_graph,
+            wants_gradient=asked.wants_gradient,
+            seed=asked.seed,
+            autocast=DTYPES[asked.autocast] if asked.autocast else None,
+            adapter_disabled=asked.adapter_disabled,
+            cache=asked.cache,
+            past_tokens=asked.past_tokens,
+            cache_rows=asked.cache_rows,
+        )
+        return {"trunk_out": out_BTD}
+
+    def _do_backward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        grad_BTD = tensors.get("gradient", torch.empty(0))
+        refuse_not_finite(grad_BTD, "the gradient at the upper cut", "no gradient was accumulated")
+        asked = head.backward
+        grad_smashed_BTD = self.trunk.backward(asked.forward_sequence, grad_BTD, hold=asked.hold)
+        answer = {"norms": self.trunk.gradients.norms(asked.hold)} if asked.norms else {}
+        if grad_smashed_BTD is not None:
+            answer["gradient"] = grad_smashed_BTD
+        return answer
+
+    def _do_commit(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not math.isfinite(head.commit.factor):
+            raise NotFinite("the gradient of the loss is NaN or infinite: nothing was committed")
+        self.trunk.gradients.commit(head.commit.hold, head.commit.factor)
+        return {"norms": self.trunk.gradients.norms()}
+
+    def _do_release(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.trunk.gradients.release(head.release.hold)
+        return {}
+
+    def _do_optim_step(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        asked = head.optim_step
+        groups = [
+            Group(dict(g.numbers), dict(g.flags), tuple(g.betas), tuple(g.names))
+            for g in asked.groups
+        ]
+        numbers = [asked.clip_factor, *(n for g in groups for n in (*g.numbers.values(), *g.betas))]
+        if not all(map(math.isfinite, numbers)):
+            raise ProtocolError("a number of the optimizer step is not finite")
+        if any(group.names for group in groups):
+            self.settings["optimizer"] = asked.optimizer
+            self.settings["groups"] = [
+                {
+                    "numbers": dict(g.numbers),
+                    "flags": dict(g.flags),
+                    "betas": g.betas,
+                    "names": g.names,
+                }
+                for g in groups
+            ]
+        self.trunk.optim_step(asked.step, asked.optimizer, groups, asked.clip_factor)
+        return {}
+
+    def _do_zero_grad(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.trunk.gradients.zero()
+        return {}
+
+    def _do_discard(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.trunk.discard(head.discard.forward_sequence)
+        return {}
+
+    def _do_drop_cache(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.trunk.drop_cache(head.drop_cache.cache)
+        return {}
+
+    def _do_export_adapter(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.keeps_adapter:
+            raise Refused(
+                "this server keeps the trunk's half of the adapter: use it through the split "
+                "(cutlayer generate), or ask its operator for it"
+            )
+        return self.trunk.export_adapter()
+
+    def _do_import_adapter(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        for name, tensor in tensors.items():
+            refuse_not_finite(tensor, f"adapter tensor '{name}'", "the adapter was not taken up")
+        self.trunk.import_adapter(tensors)
+        return {}
+
+    def _do_echo(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {"payload": tensors.get("payload", torch.empty(0))}
+
+    def _do_save_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.save(head.save_state.step)
+        return {}
+
+    def _do_load_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.take_up(head.load_state.step, head.load_state.run)
+        return {}
+
+    def _do_mark(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if self.is_between_steps():
+            self.write_mark(self, self.state())
+        return {}
+
+    def _do_retain(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        self.store.retain(self.tenant, self.run, set(head.retain.steps))
+        return {}
+
+    def save(self, step: int) -> None:
+        """Keep the adapter and the optimizer as they are.
+
+        Raises:
+            StorageError: If the disk says no.
+        """
+        if not self.trunk.lora.targets:
+            return
+        state = self.state(step)
+        self.store.save(self.tenant, self.run, state)
+        self.saved_bytes = state.size_bytes
+
+    def state(self, step: int | None = None) -> State:
+        """Return the adapter and the optimizer as they are; they go on being trained."""
+        return State(
+            self.trunk.step if step is None else step,
+            self.trunk.export_adapter(),
+            self.trunk.optimizer_tensors(),
+            self.settings,
+        )
+
+    def is_between_steps(self) -> bool:
+        """Say whether adapter and optimizer are all that this session is."""
+        return not self.trunk.is_busy
+
+    def take_up(self, step: int | None, run: str = "") -> None:
+        """Go back to a kept state of a run, this one by default, or to its last.
+
+        Raises:
+            Refused: If there is none, or it does not fit.
+        """
+        if self.trunk.lora.targets:
+            self.restore(self.store.load(self.tenant, run or self.run, step))
+
+    def restore(self, state: State) -> None:
+        """Go on from a state.
+
+        Raises:
+            Refused: If it does not fit.
+        """
+        if not self.trunk.lora.targets:
+            return
+        self.trunk.import_adapter(state.adapter)
+        self.settings = dict(state.settings)
+        groups = [
+            Group(g["numbers"], g["flags"], tuple(g["betas"]), tuple(g["names"]))
+            for g in self.settings.get("groups", [])
+        ]
+        if groups:
+            self.trunk.restore_optimizer(self.settings["optimizer"], groups, state.optimizer)
+        self.trunk.step = state.step

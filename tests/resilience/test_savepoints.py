@@ -1,0 +1,166 @@
+"""Checkpoints are of both halves or of none, and a run that goes on from one is the calm run."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from cutlayer.cli.main import main
+from cutlayer.client.savepoints import RECORD, newest_checkpoint
+from cutlayer.errors import StorageError
+from tests.cli.test_by_hand import saved_tiny, write_rows, write_run
+from tests.equivalence.test_trl import stop_after, trainer_of
+from tests.site import ServerProcess, Site, adapter_of, equal
+from tests.tokens import dataset
+
+SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
+
+
+def checkpoints(folder: Path) -> list[int]:
+    """Return the steps of a trainer's checkpoint folders."""
+    return sorted(int(path.name.rpartition("-")[2]) for path in folder.glob("checkpoint-*"))
+
+
+def held(site: Site, run: str) -> list[int]:
+    """Return the steps that the server holds of a run."""
+    sessions = site.server.sessions  # type: ignore[union-attr]
+    sessions.on_trunk(lambda: None, "default").result()  # after what was asked without waiting
+    return sessions._store.steps("default", run)
+
+
+def test_both_sides_keep_the_same_steps(llama: Site, tmp_path: Path):
+    """`save_total_limit` holds at the client and at the server."""
+    with llama.connect(run="limited") as split:
+        trainer_of(split, tmp_path, **SAVING, save_total_limit=2).train()
+        here = checkpoints(tmp_path)
+        with torch.no_grad():
+            split.whole_adapter()  # its reply comes after the last request's
+
+        assert here == [6, 8]
+        assert held(llama, "limited") == here
+    assert all((tmp_path / f"checkpoint-{step}" / RECORD).is_file() for step in here)
+
+
+def test_a_half_written_checkpoint_does_not_count(llama: Site, tmp_path: Path):
+    """What lacks its record is passed over, and the run ends as if it had not been there."""
+    with llama.connect(run="calm") as split:
+        trainer_of(split, tmp_path / "calm", **SAVING).train()
+        calm = adapter_of(split)
+    with llama.connect(run="torn") as split:
+        trainer = trainer_of(split, tmp_path / "torn", **SAVING)
+        stop_after(trainer, 4)
+        trainer.train()
+    torn = tmp_path / "torn" / "checkpoint-6"
+    torn.mkdir()
+    (torn / "adapter_model.safetensors").write_bytes(b"half")
+
+    assert newest_checkpoint(tmp_path / "torn") == tmp_path / "torn" / "checkpoint-4"
+    with llama.connect(run="another-name") as split:
+        trainer = trainer_of(split, tmp_path / "torn", **SAVING)
+        trainer.train(resume_from_checkpoint=True)
+        assert equal(calm, adapter_of(split))
+
+
+@pytest.mark.parametrize("where", ["server", "client"])
+def test_a_full_disk_costs_a_checkpoint_and_not_the_run(
+    llama: Site, tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+):
+    """A checkpoint that cannot be written is told of and left out; older ones stay."""
+    full = {4, 6}
+
+    def refuse(step: int) -> None:
+        if step in full:
+            raise OSError(28, "No space left on device")
+
+    with llama.connect(run=f"full-{where}") as split:
+        trainer = trainer_of(split, tmp_path, **SAVING)
+        if where == "client":
+            rng = trainer._save_rng_state
+            monkeypatch.setattr(
+                trainer,
+                "_save_rng_state",
+                lambda folder: (refuse(trainer.state.global_step), rng(folder)),
+            )
+        else:
+            store = llama.server.sessions._store  # type: ignore[union-attr]
+            write = type(store)._write
+
+            def full_disk(self: Any, home: Path, name: str, state: Any) -> None:
+                if name.startswith("step-") and state.step in full:
+                    raise StorageError("the server could not save (No space left on device)")
+                write(self, home, name, state)
+
+            monkeypatch.setattr(type(store), "_write", full_disk)
+        trainer.train()
+        finished = trainer.state.global_step
+
+    assert finished == 8
+    assert checkpoints(tmp_path) == [2, 8]
+
+
+def test_a_killed_client_goes_on_with_resume(folder_of: Any, tmp_path: Path, certs: Path):
+    """SIGKILL, Ctrl-C and `--resume` end in the very adapter of a calm run."""
+    model = saved_tiny(folder_of, tmp_path, "llama")
+    write_rows(tmp_path, [{"text": text} for text in dataset(24)["text"]])
+    common = {
+        "split_ca": str(certs / "ca.pem"),
+        "split_cert": None,
+        "split_key": None,
+        "save_strategy": "steps",
+        "save_steps": 2,
+        "max_steps": 400,
+        "lora_dropout": 0.2,
+        "split_chunks": 2,
+        "lr_scheduler_type": "constant",  # how long the run is shall not matter
+    }
+    with ServerProcess(model, certs, tmp_path / "state") as server:
+        config = write_run(tmp_path, model, server.port, **common)
+        first = started(config, tmp_path)
+        until(lambda: len(checkpoints(tmp_path / "out")) > 1)
+        first.kill()
+        first.wait()
+        killed_at = newest_checkpoint(tmp_path / "out")
+        second = started(config, tmp_path, "--resume")
+        until(lambda: newest_checkpoint(tmp_path / "out") != killed_at)
+        second.send_signal(signal.SIGINT)
+        printed, _ = second.communicate(timeout=120)
+        stopped = json.loads(printed[printed.index("{") :])["stopped_at_step"]
+        total = stopped + 3
+        finish = write_run(tmp_path, model, server.port, **common | {"max_steps": total})
+        assert main(["train", "--config", str(finish), "--resume", "--threads", "1"]) == 0
+        calm = {**common, "max_steps": total, "output_dir": str(tmp_path / "calm")}
+        config = write_run(tmp_path, model, server.port, **calm)
+        assert main(["train", "--config", str(config), "--threads", "1"]) == 0
+
+    assert second.returncode == 130
+    rough = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert equal(load_file(tmp_path / "calm" / "adapter_model.safetensors"), rough)
+
+
+def started(config: Path, folder: Path, *words: str) -> subprocess.Popen[str]:
+    """Begin `cutlayer train`."""
+    command = [sys.executable, "-m", "cutlayer.cli.main", "train", "--config", str(config)]
+    return subprocess.Popen(
+        [*command, "--threads", "1", "--format", "json", *words],
+        cwd=folder,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+
+
+def until(is_so: Any, *, within_s: float = 120.0) -> None:
+    """Wait for something."""
+    deadline = time.monotonic() + within_s
+    while not is_so():
+        assert time.monotonic() < deadline
+        time.sleep(0.02)
