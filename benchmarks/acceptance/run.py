@@ -66,8 +66,7 @@ def measured_by(name: str, *, quick: bool) -> dict[str, float]:
         figures[f"T-{name}.{'failed' if failed else 'passed'}"] += 1
         for one in case.iter("property"):
             figure = f"T-{name}.{str(case.get('name')).removeprefix('test_')}.{one.get('name')}"
-            # A test that notes a figure at several positions is as good as its worst.
-            figures[figure] = max(float(one.get("value", "nan")), figures.get(figure, -1e30))
+            figures[figure] = float(one.get("value", "nan"))
     report.unlink()
     return figures
 

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import json
+import stat
+import subprocess
+import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from cutlayer.audit.unfinished import Unfinished
 from cutlayer.cli.main import main
 from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
 from tests.site import Site
@@ -34,10 +39,13 @@ def prepared(llama: Site, folder_of: Any, tmp_path: Path) -> Any:
     return config
 
 
+SHORT = ("--attacks", "A1", "--samples", "4", "--tokens", "6")
+
+
 def audited(folder: Path, *words: str) -> dict[str, Any]:
     """Run the command, and return what it wrote."""
-    asked = ["audit", *words, "--output", str(folder / "audit"), "--samples", "8", "--tokens", "12"]
-    assert main([*asked, "--public_text", str(folder / "public.jsonl")]) == 0
+    asked = ["audit", "--output", str(folder / "audit"), "--samples", "8", "--tokens", "12"]
+    assert main([*asked, "--public_text", str(folder / "public.jsonl"), *words]) == 0
     found: dict[str, Any] = json.loads((folder / "audit" / "audit.json").read_text())
     return found
 
@@ -103,6 +111,110 @@ def test_an_altered_transcript_is_refused(prepared: Any, tmp_path: Path, damage:
     words = ["audit", "--run", str(tmp_path / "out"), "--output", str(tmp_path / "audit")]
     assert one_sentence(words, capsys, "cut off or altered") == 3
     assert not (tmp_path / "audit" / "audit.html").exists()
+
+
+def test_the_report_draws_depth_codec_and_noise(prepared: Any, tmp_path: Path):
+    """With --frontiers A1 is repeated by each, and the page has a plot of each."""
+    audit = audited(tmp_path, "--config", prepared(), *SHORT, "--frontiers")
+
+    rates = {
+        one["axis"]: [(point["x"], point["trr"]) for point in one["points"]]
+        for one in audit["recovery"]
+    }
+    assert rates["layers below the cut"] == [(2, 1.0), (4, 1.0)]
+    assert dict(rates["codec"])["raw"] == 1.0
+    assert rates["noise over signal"][0][1] > rates["noise over signal"][-1][1]
+    page = (tmp_path / "audit" / "audit.html").read_text()
+    assert all(f"Tokens read back against {axis}" in page for axis in rates)
+
+
+def test_samples_are_picked_and_named_unless_redacted(prepared: Any, tmp_path: Path, capsys: Any):
+    """`--rows` says which samples are attacked; audit.json names them, unless they are redacted."""
+    config = prepared(split_transcript=8, max_steps=3)
+    assert main(["train", "--config", config]) == 0
+    words = ["--rows", "5,1-2", *SHORT]
+
+    sent = audited(tmp_path, "--run", str(tmp_path / "out"), *words)
+    redacted = audited(tmp_path, "--config", config, *words, "--redact")
+
+    assert [(one["row"], one["step"]) for one in sent["audited"]] == [(1, 0), (2, 1), (5, 2)]
+    assert [found["run"]["sequences"] for found in (sent, redacted)] == [3, 3]
+    assert redacted["audited"] == "redacted"
+    for rows_asked, told in (("2-1", "smaller number"), ("x", "no list"), ("99", "row 99")):
+        words = ["audit", "--config", config, "--rows", rows_asked]
+        assert one_sentence(words, capsys, told) == 2
+
+
+FORMAL = {
+    "split_privacy_profile": "formal",
+    "split_privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 1e-3, "planned": 4},
+}
+
+
+def test_a_formal_run_has_its_number_and_its_lower_bound(
+    prepared: Any, tmp_path: Path, capsys: Any
+):
+    """Before it runs, what is planned; after, what the ledger booked; the game bounds both."""
+    config = prepared(**FORMAL, split_transcript=4, max_steps=3)
+    planned = audited(tmp_path, "--config", config, *SHORT)["guarantee"]
+    cost = capsys.readouterr().err
+    assert main(["train", "--config", config]) == 0
+    assert "epsilon 8      noise of" in capsys.readouterr().err
+    booked = audited(tmp_path, "--run", str(tmp_path / "out"), *SHORT)["guarantee"]
+
+    assert "epsilon 8      noise of" in cost
+    assert (planned["releases"], planned["guarantee"]) == (
+        4,
+        "(8.00, 0.001)-differential privacy",
+    )
+    assert booked["releases"] == 1  # three steps of two: half of the samples, once each
+    assert 0 < booked["epsilon"] < planned["epsilon"]
+    assert booked["delta"] == 1e-3
+    for block in (planned, booked):
+        bound = block["lower_bound"]["epsilon"]
+        assert 0.5 * block["epsilon"] <= bound <= block["epsilon"]
+
+
+def test_an_audit_that_was_killed_goes_on(prepared: Any, tmp_path: Path, capsys: Any):
+    """After SIGKILL amid A2 the next call takes A1 over, and leaves nothing unfinished."""
+    write_rows(tmp_path, [{"text": text} for text in dataset(80, seed=9)["text"]], "public.jsonl")
+    words = ["--config", prepared(), "--attacks", "A1,A2", "--threads", "1"]
+    asked = ["audit", *words, "--output", str(tmp_path / "audit"), "--samples", "8"]
+    asked += ["--tokens", "12", "--public_text", str(tmp_path / "public.jsonl")]
+    unfinished = tmp_path / "audit" / "unfinished"
+    killed = subprocess.Popen([sys.executable, "-m", "cutlayer.cli.main", *asked])
+    while not (unfinished / "A1.json").exists():
+        assert killed.poll() is None
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    kept = json.loads((unfinished / "A1.json").read_text())["found"]
+    assert stat.S_IMODE((unfinished / "A1.json").stat().st_mode) == 0o600
+    assert not (unfinished / "A2.json").exists()
+    assert not (tmp_path / "audit" / "audit.json").exists()
+
+    findings = audited(tmp_path, *words)["channels"][0]["findings"]
+
+    told = capsys.readouterr().err
+    assert "A1 was done before" in told
+    assert "A2 was done before" not in told
+    assert [found["attack"] for found in findings] == ["A1", "A2"]
+    assert findings[0]["seconds"] == kept["seconds"]
+    assert not unfinished.exists()
+
+
+def test_what_was_found_of_something_else_is_not_taken_over(tmp_path: Path):
+    """A part of another digest, and one that is torn, are found again."""
+    told: list[str] = []
+    first, other = (Unfinished(tmp_path / "u", digest, told.append) for digest in "ab")
+
+    assert first.kept("A1", lambda: [1, None]) == [1, None]
+    assert first.kept("A1", lambda: [2]) == [1, None]
+    assert other.kept("A1", lambda: [3]) == [3]
+    assert first.kept("A1", lambda: [4]) == [4]
+    (tmp_path / "u" / "A1.json").write_text('{"digest": "a", "fou')
+    assert first.kept("A1", lambda: [5]) == [5]
+    assert told == ["A1 was done before this audit was interrupted"]
 
 
 BAD = {

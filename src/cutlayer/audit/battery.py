@@ -9,6 +9,7 @@ noise is broken too. Only then do the attacks run, and a channel's verdict is th
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -178,9 +179,19 @@ ATTACKS: dict[str, Attack] = {
 
 
 def run_attacks(
-    evidence: Evidence, names: Sequence[str], tell: Callable[[str], None] = lambda _line: None
+    evidence: Evidence,
+    names: Sequence[str],
+    tell: Callable[[str], None] = lambda _line: None,
+    kept: Callable[[str, Callable[[], Any]], Any] = lambda _name, find: find(),
 ) -> list[Finding]:
     """Run some attacks of the table and return what each found.
+
+    Args:
+        evidence: What they may use.
+        names: Which.
+        tell: Is told what goes on.
+        kept: Given an attack's name and how to run it, returns what it found as JSON has it, be it
+            from before; by default it is run.
 
     Raises:
         ConfigError: If there is no such attack.
@@ -191,11 +202,17 @@ def run_attacks(
     findings = []
     for name in names:
         tell(f"{name} {ATTACKS[name].what}")
-        found = ATTACKS[name].run(evidence)
-        if found is not None:
+        facts = kept(name, functools.partial(_facts_of, ATTACKS[name], evidence))
+        if facts is not None:
+            found = Finding.of(facts)
             findings.append(found)
             tell(f"{name} gave back {found.trr:.1%} of {found.tokens} in {found.seconds:.0f} s")
     return findings
+
+
+def _facts_of(attack: Attack, evidence: Evidence) -> dict[str, Any] | None:
+    found = attack.run(evidence)
+    return None if found is None else dataclasses.asdict(found)
 
 
 def calibrate(evidence: Evidence) -> dict[str, Any]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -72,6 +72,16 @@ class Finding:
         facts = asdict(self)
         del facts["recovered"]
         return {**facts, "verdict": self.verdict}
+
+    @classmethod
+    def of(cls, kept: Mapping[str, Any]) -> Finding:
+        """Return the finding of which `asdict` gave this, JSON in between or not."""
+        recovered = tuple(
+            Recovered(*(tuple(one[part]) for part in ("truth", "guess", "prior")))
+            for one in kept["recovered"]
+        )
+        ends = {name: tuple(kept[name]) for name in ("trr_ci", "exact_ci")}
+        return cls(**{**kept, **ends, "recovered": recovered})
 
 
 def verdict_of(trr: float, advantage: float) -> str:

@@ -22,7 +22,12 @@ from scipy.stats import binomtest
 from torch import Tensor
 
 from cutlayer.errors import ConfigError
-from cutlayer.privacy.accountant import analytic_epsilon, analytic_sigma, epsilon_of_adapter
+from cutlayer.privacy.accountant import (
+    analytic_epsilon,
+    analytic_sigma,
+    epsilon_of,
+    epsilon_of_adapter,
+)
 from cutlayer.privacy.mechanisms import ClippedGaussian, Defense
 from cutlayer.privacy.noise import secure_normal
 
@@ -138,8 +143,9 @@ def play(
     confidence: float = 0.95,
     tokens: int = 1,
     width: int = 16,
+    releases: int | None = None,
 ) -> GameResult:
-    """Play with a formal defense: all its planned releases of one sequence against its epsilon.
+    """Play with a formal defense: its releases of one sequence against what they come to.
 
     The inputs are opposite and so large that the clip holds both. The shape hardly matters: noise
     in other directions than theirs tells nothing.
@@ -150,6 +156,8 @@ def play(
         confidence: Of the bound.
         tokens: T of the inputs.
         width: D of the inputs.
+        releases: How often the sequence is released; as often as was planned by default, which
+            comes to the defense's own epsilon.
 
     Raises:
         ConfigError: If the defense has no epsilon that could be refuted.
@@ -159,25 +167,29 @@ def play(
             f"'{defense.name}' states no epsilon, so there is none to refute: report what an "
             "attack recovers"
         )
+    count, claimed = defense.planned, defense.epsilon
+    if releases is not None:
+        count = releases
+        claimed = epsilon_of(defense.releases(1) * releases, defense.delta).pld
     alone = defense.site == "loss"  # one number for a whole batch
     shape = (1,) if alone else (1, tokens, width)
     inputs = [torch.full(shape, sign * _FAR * defense.clip) for sign in (1.0, -1.0)]
     if not alone:
         inputs = [x * torch.linspace(0.5, 1.5, width) for x in inputs]
 
-    def outputs(world: int, count: int) -> Tensor:
+    def outputs(world: int, runs: int) -> Tensor:
         if alone:
-            runs = [defense.apply(inputs[world]) for _ in range(count * defense.planned)]
-            return torch.stack(runs).reshape(count, -1)
-        rows_NTD = inputs[world].expand(count, -1, -1)
-        return torch.cat([defense.apply(rows_NTD).flatten(1) for _ in range(defense.planned)], 1)
+            ran = [defense.apply(inputs[world]) for _ in range(runs * count)]
+            return torch.stack(ran).reshape(runs, -1)
+        rows_NTD = inputs[world].expand(runs, -1, -1)
+        return torch.cat([defense.apply(rows_NTD).flatten(1) for _ in range(count)], 1)
 
-    centres_2K = torch.stack([_centre(defense, x).repeat(defense.planned) for x in inputs])
+    centres_2K = torch.stack([_centre(defense, x).repeat(count) for x in inputs])
     return distinguish(
         outputs,
         centres_2K,
         delta=defense.delta,
-        claimed=defense.epsilon,
+        claimed=claimed,
         trials=trials,
         confidence=confidence,
     )

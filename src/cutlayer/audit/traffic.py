@@ -4,8 +4,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Sequence
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from cutlayer.privacy.transcript import Departure
 from cutlayer.split.cut import Trunk
 from cutlayer.wire.codecs import CODECS
 
-__all__ = ["Text", "made_here", "padded", "texts_of"]
+__all__ = ["Text", "made_here", "padded", "picked", "texts_of"]
 
 NO_LABEL = -100
 
@@ -52,6 +52,36 @@ def texts_of(departures: Sequence[Departure]) -> list[Text]:
                 keep_T = mask_BT[row].bool()
             texts.append(Text(ids_T[keep_T], departure.smashed_BTD[row][keep_T].float()))
     return texts
+
+
+def picked(departures: Iterable[Departure], rows: Collection[int]) -> list[Departure]:
+    """Return the departures with these sequences only, counted from 0 over all of them."""
+    found, count = [], 0
+    for departure in departures:
+        size = len(departure.smashed_BTD)
+        mine = [row for row in range(size) if count + row in rows]
+        count += size
+        if mine:
+            found.append(_rows_of(departure, mine))
+        if count > max(rows):
+            break
+    return found
+
+
+def _rows_of(departure: Departure, rows: list[int]) -> Departure:
+    def of(tensor: Tensor | None) -> Tensor | None:
+        return None if tensor is None else tensor[rows]
+
+    size = len(departure.smashed_BTD)
+    return replace(
+        departure,
+        smashed_BTD=departure.smashed_BTD[rows],
+        # Positions may be sent once for all rows.
+        carried={n: t[rows] if len(t) == size else t for n, t in departure.carried.items()},
+        truth={name: tensor[rows] for name, tensor in departure.truth.items()},
+        trunk_out_BTD=of(departure.trunk_out_BTD),
+        gradient_BTD=of(departure.gradient_BTD),
+    )
 
 
 def padded(rows: Sequence[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor, Tensor]:

@@ -5,14 +5,15 @@ from __future__ import annotations
 import argparse
 import datetime
 import json
+import shutil
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.main import add_format, report, settle
+from cutlayer.cli.subject import Subject, rows_asked, subject_of_config, subject_of_run
 from cutlayer.errors import ConfigError, DataError, StorageError
 
 _NOT_MEASURED = (
@@ -29,12 +30,17 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--run", help="a run's output_dir, trained with split_transcript above 0")
     add("--output", default="audit", help="folder of audit.json and audit.html (default: audit)")
     add("--samples", type=int, default=64, help="sequences to attack (default: 64)")
+    add("--rows", help="which samples, such as 3,7,10-12, counted from 0 (default: the first)")
     add("--tokens", type=int, default=32, help="tokens of each that A1 reads (default: 32)")
     add("--attacks", default="A1,A4", help="of A1, A2, A4, A5 (default: A1,A4)")
     add("--public_text", help="JSON lines with 'text', or plain lines: not your data; for A2")
     add("--prior", choices=("model", "none"), default="none", help="guess with the whole model too")
     add("--show", type=int, default=2, help="sequences to show in the report (default: 2)")
-    add("--redact", action="store_true", help="show which tokens were read, not what they are")
+    add(
+        "--redact",
+        action="store_true",
+        help="show which tokens were read, not what they are, nor which samples",
+    )
     add("--frontiers", action="store_true", help="repeat A1 by depth, codec and noise: slow")
     add("--threads", type=int, help="CPU threads (default: torch's choice)")
     add_format(parser)
@@ -49,7 +55,8 @@ def run(args: argparse.Namespace) -> int:
     settle(args.threads)
     from cutlayer.audit.report import verdict_lines, write_report
 
-    audit = _audit_of_config(args) if args.config else _audit_of_run(args)
+    rows_asked(args.rows)
+    audit = _audit(args, subject_of_config(args, _tell) if args.config else subject_of_run(args))
     folder = Path(args.output)
     write_report(audit, folder / "audit.html")
     kept = {name: value for name, value in audit.items() if name != "samples"}
@@ -60,6 +67,7 @@ def run(args: argparse.Namespace) -> int:
             f"'{folder / 'audit.json'}' could not be written ({error.strerror}): free space or "
             "name another --output"
         ) from error
+    shutil.rmtree(folder / "unfinished", ignore_errors=True)
     lines = [*verdict_lines(audit), f"the report is {folder / 'audit.html'}"]
     report(args.format, kept, "\n".join(lines))
     return 0
@@ -69,119 +77,47 @@ def _tell(line: str) -> None:
     print(line, file=sys.stderr, flush=True)
 
 
-def _audit_of_config(args: argparse.Namespace) -> dict[str, Any]:
-    """Attack what the run's first steps would send."""
-    from datasets.utils.logging import disable_progress_bar
-
-    from cutlayer.audit.public import PublicModel
-    from cutlayer.audit.traffic import made_here
-    from cutlayer.cli.data import load_tokenizer
-
-    disable_progress_bar()
-    settings = read_run(args.config, args.overrides)
-    given = connect_settings(settings)
-    _refuse_encoders(given["task"])
-    tokenizer = load_tokenizer(settings)
-    rows = _rows_of(settings, tokenizer, args.samples)
-    public = PublicModel.load(
-        given["model"],
-        bottom_layers=given["bottom_layers"],
-        top_layers=given["top_layers"],
-        revision=given["revision"],
-    )
-    trains = set(given["train"])
-    departures = made_here(
-        public,
-        rows,
-        batch=settings.sft.per_device_train_batch_size,
-        trunk=_trunk_of(given),
-        defenses=given["defenses"],
-        codec=given["codec"],
-        gradients=bool(trains & {"bottom", "trunk"}),
-    )
-    facts = {
-        "model": given["model"],
-        "revision": given["revision"] or "",
-        "cut": str(public.cut),
-        "codec": given["codec"],
-        "defense": _named(given["defenses"]),
-        "source": "samples",
-    }
-    return _audit(args, public, departures, tokenizer, facts, given["defenses"])
-
-
-def _audit_of_run(args: argparse.Namespace) -> dict[str, Any]:
-    """Attack what a run really sent."""
-    from transformers import AutoTokenizer
-
-    from cutlayer.audit.public import PublicModel
-    from cutlayer.privacy.defenses import defense_of
-    from cutlayer.privacy.transcript import read_transcript
-
-    facts, departures = read_transcript(Path(args.run) / "transcript")
-    _refuse_encoders(facts["task"])
-    lower, upper, layers = facts["lower"], facts["upper"], facts["num_layers"]
-    public = PublicModel.load(
-        facts["model"],
-        bottom_layers=lower,
-        top_layers=layers - upper,
-        revision=facts["revision"] or None,
-    )
-    defenses = [defense_of(**params) for params in facts["defenses"]]
-    told = {
-        "model": facts["model"],
-        "revision": facts["revision"],
-        "cut": f"{lower}:{upper}",
-        "codec": facts["codec"],
-        "defense": _named(defenses),
-        "source": "transcript",
-    }
-    taken, count = [], 0
-    for departure in departures:
-        if count >= args.samples:
-            break
-        taken.append(departure)
-        count += len(departure.smashed_BTD)
-    if not taken:
-        raise DataError(f"the transcript of '{args.run}' is empty: no step was recorded")
-    tokenizer = AutoTokenizer.from_pretrained(facts["model"])
-    return _audit(args, public, taken, tokenizer, told, defenses)
-
-
-def _audit(
-    args: argparse.Namespace,
-    public: Any,
-    departures: Sequence[Any],
-    tokenizer: Any,
-    facts: dict[str, Any],
-    defenses: Sequence[Any],
-) -> dict[str, Any]:
+def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     from cutlayer.audit.battery import Evidence, calibrate, channel_of, controls, run_attacks
-    from cutlayer.privacy.guarantee import guarantee
+    from cutlayer.audit.promise import promise_of
+    from cutlayer.audit.unfinished import Unfinished, digest_of
 
+    defenses, facts = subject.defenses, subject.facts
     noise = next((d for d in defenses if d.site == "lower cut"), None)
     evidence = Evidence.of(
-        public,
-        departures,
+        subject.public,
+        subject.departures,
         tokens=args.tokens,
-        public_rows=_public_rows(args.public_text, tokenizer, args.tokens),
+        public_rows=_public_rows(args.public_text, subject.tokenizer, args.tokens),
         prior=_prior_of(facts["model"]) if args.prior == "model" else None,
         defend=noise.apply if noise is not None else None,
-        sigma=_sigma_of(noise, departures),
+        sigma=_sigma_of(noise, subject.departures),
     )
+    asked = {"version": version("cutlayer"), "tokens": args.tokens, "prior": args.prior}
+    public_ids = [ids_T for ids_T, _labels in evidence.public_rows]
+    digest = digest_of({"subject": subject.digest, **asked}, public_ids)
+    unfinished = Unfinished(Path(args.output) / "unfinished", digest, _tell)
     _tell("calibrating on public text")
-    calibration = calibrate(evidence)
-    found_controls = controls(evidence)
-    findings = run_attacks(evidence, args.attacks.split(","), _tell)
-    sends_gradients = any(d.gradient_BTD is not None for d in departures)
+    calibration = unfinished.kept("calibration", lambda: calibrate(evidence))
+    found_controls = unfinished.kept("controls", lambda: controls(evidence))
+    findings = run_attacks(evidence, args.attacks.split(","), _tell, unfinished.kept)
+    recovery = (
+        unfinished.kept("recovery", lambda: _recoveries(evidence, facts)) if args.frontiers else []
+    )
+    sends_gradients = any(d.gradient_BTD is not None for d in subject.departures)
     gradients = channel_of("gradients", findings)
     if not sends_gradients:
         gradients |= {"verdict": "not sent", "sentence": "No gradient leaves the client."}
-    undefended = [
-        channel
-        for channel, sent in (("activations", True), ("gradients", sends_gradients))
-        if sent and not any(d.channel == channel and d.formal for d in defenses)
-    ]
+    promise = promise_of(
+        defenses,
+        subject.releases,
+        delta=subject.delta,
+        sent=["activations", *(["gradients"] if sends_gradients else [])],
+        trained=subject.trained,
+        assumptions=subject.assumptions,
+    )
+    lengths = [len(text.ids_T) for text in evidence.texts]
+    which = [{**one, "tokens": n} for one, n in zip(subject.which, lengths, strict=True)]
     return {
         "format": 1,
         "run": {
@@ -190,58 +126,15 @@ def _audit(
             "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
             "sequences": len(evidence.texts),
         },
+        "audited": "redacted" if args.redact else which,
         "calibration": calibration,
         "controls": found_controls,
         "channels": [channel_of("activations", findings), gradients],
-        "recovery": _recoveries(evidence, facts, _tell) if args.frontiers else [],
-        "samples": _samples(findings, tokenizer, show=args.show, redact=args.redact),
-        "guarantee": {
-            **guarantee([], delta=None, undefended=undefended),
-            "against": "the server",
-        },
+        "recovery": recovery,
+        "samples": _samples(findings, subject.tokenizer, show=args.show, redact=args.redact),
+        "guarantee": promise,
         "not_measured": [*_NOT_MEASURED],
     }
-
-
-def _refuse_encoders(task: str) -> None:
-    if task != "causal-lm":
-        raise ConfigError(
-            f"'cutlayer audit' attacks language models and this run's task is {task}: call the "
-            "attacks of cutlayer.audit on its tensors"
-        )
-
-
-def _rows_of(settings: Run, tokenizer: Any, count: int) -> list[tuple[Any, Any]]:
-    """Return the first samples as (ids, labels), tokenized as the trainer will."""
-    import torch
-
-    from cutlayer.cli.data import load_split
-    from cutlayer.cli.preview import prepared
-
-    data = load_split(settings, settings.data.dataset_train_split)
-    data = data.select(range(min(count, len(data))))
-    return [
-        (torch.tensor(row["input_ids"]), torch.tensor(row.get("labels") or row["input_ids"]))
-        for row in prepared(settings, data, tokenizer)
-    ]
-
-
-def _trunk_of(given: dict[str, Any]) -> Any:
-    """Return the layers between: the server has them, so its attack on the labels has them too."""
-    import torch
-
-    from cutlayer.split.cut import Cut, Trunk
-    from cutlayer.split.loading import load_trunk, open_checkpoint, skeleton_of
-
-    checkpoint = open_checkpoint(given["model"], revision=given["revision"])
-    skeleton = skeleton_of(checkpoint.config, given["task"])
-    cut = Cut.leaving(
-        bottom_layers=given["bottom_layers"],
-        top_layers=given["top_layers"],
-        num_layers=skeleton.anatomy.num_layers,
-    )
-    model = load_trunk(checkpoint, skeleton, cut, dtype=torch.float32)
-    return Trunk(model.eval().requires_grad_(False), skeleton.anatomy, cut)
 
 
 def _prior_of(model: str) -> Any:
@@ -271,10 +164,6 @@ def _sigma_of(defense: Any, departures: Sequence[Any]) -> float:
     # The noise is part of what was received: rms^2 = signal^2 (1 + nsr^2).
     received = float(departures[0].smashed_BTD.square().mean().sqrt())
     return received * strength / (1 + strength**2) ** 0.5
-
-
-def _named(defenses: Sequence[Any]) -> str:
-    return ", ".join(defense.name for defense in defenses) or "none"
 
 
 def _public_rows(path: str | None, tokenizer: Any, tokens: int) -> list[tuple[Any, Any]]:
@@ -326,14 +215,16 @@ def _samples(
     return shown
 
 
-def _recoveries(evidence: Any, facts: dict[str, Any], tell: Any) -> list[dict[str, Any]]:
+def _recoveries(evidence: Any, facts: dict[str, Any]) -> list[dict[str, Any]]:
     from cutlayer.audit.frontiers import by_codec, by_depth, by_noise
 
     rows = [(text.ids_T, text.ids_T) for text in evidence.texts[:8]]
-    lower = int(facts["cut"].partition(":")[0])
-    tell("A1 again by cut depth, codec and noise")
+    lower = evidence.public.cut.lower
+    layers = evidence.public.config.get_text_config().num_hidden_layers
+    depths = {depth for depth in (lower, 2 * lower, 4 * lower) if 0 < depth < layers}
+    _tell("A1 again by cut depth, codec and noise")
     return [
-        by_depth(facts["model"], rows, sorted({0, lower, 2 * lower, 4 * lower} - {0})),
+        by_depth(facts["model"], rows, sorted(depths)),
         by_codec(evidence.public, evidence.table, rows),
         by_noise(evidence.public, evidence.table, rows, evidence.prior),
     ]

@@ -9,7 +9,7 @@ from typing import Any
 from cutlayer.cli.config import Run
 from cutlayer.errors import ConfigError
 
-__all__ = ["defenses_of", "ledger_of", "parts_of", "transcript_of"]
+__all__ = ["cost_of", "defenses_of", "ledger_of", "parts_of", "transcript_of"]
 
 
 def defenses_of(run: Run) -> list[Any]:
@@ -99,7 +99,44 @@ def ledger_of(run: Run, defenses: list[Any], records: int) -> Any:
     )
 
 
-def transcript_of(run: Run, given: dict[str, Any], checkpoint: Any, num_layers: int) -> Any:
+def cost_of(defenses: list[Any], tokens: int, width: int) -> list[str]:
+    """Return what to read before noise on whole sequences is used: how large it is.
+
+    Args:
+        defenses: Those of the run.
+        tokens: The longest sequence's.
+        width: The model's.
+    """
+    from cutlayer.privacy.accountant import noise_table
+    from cutlayer.privacy.mechanisms import LdpSequence, NoisyGrad
+
+    lines = []
+    for defense in defenses:
+        if not isinstance(defense, LdpSequence | NoisyGrad):
+            continue
+        pool = getattr(defense, "pool", None)
+        shape = (1, pool) if pool else (max(tokens, 1), width)
+        rows = noise_table(
+            sorted({1.0, 8.0, 64.0, defense.epsilon}),
+            delta=defense.delta,
+            releases=defense.planned,
+            shapes=[shape],
+        )
+        lines.append(
+            f"{defense.name}: what {defense.planned} releases of {shape[0]} x {shape[1]} numbers a "
+            f"sequence cost at delta {defense.delta:g}"
+        )
+        lines += [
+            f"  epsilon {row.epsilon:<6g} noise of {row.noise_over_signal:.3g} times the signal"
+            + (" (this run)" if row.epsilon == defense.epsilon else "")
+            for row in rows
+        ]
+    return lines
+
+
+def transcript_of(
+    run: Run, given: dict[str, Any], checkpoint: Any, num_layers: int, ledger: Any
+) -> Any:
     """Return the writer of a run's transcript, `None` if none is wanted."""
     from cutlayer.privacy.transcript import TranscriptWriter
 
@@ -118,6 +155,8 @@ def transcript_of(run: Run, given: dict[str, Any], checkpoint: Any, num_layers: 
         "train": parts_of(run),
         "defenses": [_parameters(defense) for defense in given["defenses"]],
     }
+    if ledger is not None:
+        facts["ledger"] = str(ledger.path.resolve())
     folder = Path(run.sft.output_dir) / "transcript"
     return TranscriptWriter(folder, facts, sequences=run.split.transcript)
 

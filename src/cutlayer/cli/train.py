@@ -104,7 +104,7 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     from transformers import PrinterCallback, ProgressCallback
 
     from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
-    from cutlayer.cli.privacy import ledger_of, transcript_of
+    from cutlayer.cli.privacy import cost_of, ledger_of, transcript_of
     from cutlayer.cli.progress import LiveProgress
     from cutlayer.client.model import connect
     from cutlayer.client.training import attach
@@ -125,8 +125,11 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     tokenizer = load_tokenizer(settings)
     given = connect_settings(settings) | _classes_of(settings, data)
     layers = skeleton_of(checkpoint.config, given["task"]).anatomy.num_layers
+    width = checkpoint.config.get_text_config().hidden_size
+    for line in cost_of(given["defenses"], settings.sft.max_length or 0, width):
+        print(line, file=sys.stderr)
     ledger = ledger_of(settings, given["defenses"], len(data))
-    transcript = transcript_of(settings, given, checkpoint, layers)
+    transcript = transcript_of(settings, given, checkpoint, layers, ledger)
     try:
         model = connect(**given, ledger=ledger, transcript=transcript)
     except BaseException:

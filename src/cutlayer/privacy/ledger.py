@@ -19,12 +19,11 @@ import hashlib
 import os
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 
 from cutlayer.errors import BudgetExhausted, ConfigError, DataError, StorageError
 from cutlayer.privacy.accountant import analytic_epsilon, budget_of, check_target
-from cutlayer.privacy.lines import append, chained, locked, sync_folder, taken_up
+from cutlayer.privacy.lines import append, chained, locked, sync_folder, taken_up, whole_lines
 from cutlayer.privacy.release import Release
 
 __all__ = ["Ledger"]
@@ -43,6 +42,7 @@ class Ledger:
     Attributes:
         epsilon: The budget of each record, `None` if releases are only counted.
         delta: Its delta.
+        path: The file.
     """
 
     def __init__(
@@ -72,15 +72,7 @@ class Ledger:
             check_target(epsilon, delta, records=records, where="the ledger")
         elif epsilon is not None:
             raise ConfigError(f"the ledger has epsilon = {epsilon:g} and no delta: name one")
-        self.epsilon, self.delta = epsilon, delta
-        self._path = path
-        self._chain = ""
-        self._salt = b""
-        self._everyone: Spent = collections.Counter()
-        self._of_record: dict[str, Spent] = {}
-        self._most_spent = ""
-        self._sends: collections.Counter[tuple[str, str, int]] = collections.Counter()
-        self._broken = False
+        self._begin(path, epsilon, delta)
         self._file = locked(path)
         try:
             self._take_up(raised_by)
@@ -88,15 +80,37 @@ class Ledger:
             os.close(self._file)
             raise
 
+    @classmethod
+    def read(cls, path: Path) -> Ledger:
+        """Return what a ledger's file says, to be asked only, even while a run has it open.
+
+        Raises:
+            DataError: If it is not there, or a line was changed, taken out or put in.
+        """
+        read = cls.__new__(cls)
+        read._begin(path, None, None)
+        read._broken = True  # nothing can be booked
+        try:
+            read._replay_all(whole_lines(path.read_bytes())[1])
+        except OSError as error:
+            raise DataError(f"the ledger '{path}' cannot be read ({error.strerror})") from error
+        return read
+
+    def _begin(self, path: Path, epsilon: float | None, delta: float | None) -> None:
+        self.epsilon, self.delta = epsilon, delta
+        self.path, self._file = path, -1
+        self._chain = ""
+        self._salt = b""
+        self._everyone: Spent = collections.Counter()
+        self._of_record: dict[str, Spent] = {}
+        self._most_spent = ""
+        self._sends: collections.Counter[tuple[str, str, int]] = collections.Counter()
+        self._broken = False
+
     def __enter__(self) -> Ledger:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_exc: object) -> None:
         self.close()
 
     def close(self) -> None:
@@ -234,24 +248,27 @@ class Ledger:
             budget = {"epsilon": self.epsilon, "delta": self.delta}
             head = {"kind": "head", "format": FORMAT, **budget, "salt": self._salt.hex()}
             self._append([head])
-            sync_folder(self._path.parent)
+            sync_folder(self.path.parent)
             return
         epsilon, delta = self.epsilon, self.delta
+        self._replay_all(lines)
+        if delta != self.delta or (epsilon != self.epsilon and not raised_by):
+            raise ConfigError(
+                f"epsilon = {epsilon} and delta = {delta} are not the ledger's {self.epsilon} and "
+                f"{self.delta} in '{self.path}': use those, or have a person raise epsilon"
+            )
+        if epsilon is not None and epsilon != self.epsilon:
+            self.raise_budget(epsilon, raised_by)
+
+    def _replay_all(self, lines: Sequence[dict[str, Any]]) -> None:
         for number, line in enumerate(lines):
             try:
                 self._replay(line, first=number == 0)
             except (KeyError, TypeError, ValueError) as error:
                 raise DataError(
-                    f"'{self._path}' was altered or damaged at line {number + 1}: what was spent "
+                    f"'{self.path}' was altered or damaged at line {number + 1}: what was spent "
                     "is unknown; restore the file from a backup"
                 ) from error
-        if delta != self.delta or (epsilon != self.epsilon and not raised_by):
-            raise ConfigError(
-                f"epsilon = {epsilon} and delta = {delta} are not the ledger's {self.epsilon} and "
-                f"{self.delta} in '{self._path}': use those, or have a person raise epsilon"
-            )
-        if epsilon is not None and epsilon != self.epsilon:
-            self.raise_budget(epsilon, raised_by)
 
     def _replay(self, line: dict[str, Any], *, first: bool) -> None:
         chain = line.pop("chain")
@@ -276,7 +293,7 @@ class Ledger:
     def _append(self, lines: Sequence[dict[str, Any]]) -> None:
         if self._broken:
             raise StorageError(
-                f"'{self._path}' could not be written before: nothing is sent; free space and "
+                f"'{self.path}' could not be written before: nothing is sent; free space and "
                 "start again"
             )
         try:
@@ -284,7 +301,7 @@ class Ledger:
         except OSError as error:
             self._broken = True
             raise StorageError(
-                f"'{self._path}' could not be written ({error.strerror}), so nothing was sent: "
+                f"'{self.path}' could not be written ({error.strerror}), so nothing was sent: "
                 "free space"
             ) from error
         self._chain = chain

@@ -13,7 +13,7 @@ from typing import Any
 
 from cutlayer.errors import StorageError
 
-__all__ = ["append", "chained", "locked", "sync_folder", "taken_up"]
+__all__ = ["append", "chained", "locked", "sync_folder", "taken_up", "whole_lines"]
 
 
 def append(file: int, chain: str, lines: Sequence[dict[str, Any]]) -> str:
@@ -43,7 +43,7 @@ def append(file: int, chain: str, lines: Sequence[dict[str, Any]]) -> str:
 def taken_up(file: int) -> list[dict[str, Any]]:
     """Return the lines that are there; a last one that a crash tore is cut off."""
     size = os.fstat(file).st_size
-    whole, lines = _whole_lines(os.pread(file, size, 0))
+    whole, lines = whole_lines(os.pread(file, size, 0))
     if whole < size:
         os.ftruncate(file, whole)
         os.fsync(file)
@@ -55,7 +55,7 @@ def chained(chain: str, line: dict[str, Any]) -> str:
     return hashlib.sha256((chain + json.dumps(line, sort_keys=True)).encode()).hexdigest()
 
 
-def _whole_lines(body: bytes) -> tuple[int, list[dict[str, Any]]]:
+def whole_lines(body: bytes) -> tuple[int, list[dict[str, Any]]]:
     """Return how many bytes are whole lines, and the lines; only the last one may be torn."""
     texts = body.split(b"\n")[:-1]
     lines: list[dict[str, Any]] = []
