@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 
+from benchmarks.proxy import Proxy
 from cutlayer.errors import Refused
 from cutlayer.server.access import Limits
-from tests.resilience.proxy import Proxy
 from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, lora, site_of
 
 STEPS = 5
