@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check families fix test-lowest bench proto clean
+.PHONY: demo test check families fix test-lowest bench proto sbom pip-audit clean
 
 demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
 	$(BIN)/python recipes/demo.py
@@ -83,5 +83,21 @@ proto:
 	.venv-proto/bin/python -m grpc_tools.protoc -I src --python_out=src --pyi_out=src \
 	    src/cutlayer/wire/cutlayer.proto
 
+# What is installed here, with versions, licences and hashes, as CycloneDX.
+sbom: $(VENV)/.installed
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet cyclonedx-bom==7.5.0
+	mkdir -p dist
+	.venv-tools/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+	    --output-reproducible --output-format JSON --output-file dist/sbom.cdx.json $(VENV)
+	@echo "dist/sbom.cdx.json"
+
+# Known holes of what is installed. It asks a service on the network, so CI does not run it.
+pip-audit: $(VENV)/.installed
+	$(PYTHON) -m venv .venv-tools
+	.venv-tools/bin/python -m pip install --quiet pip-audit==2.10.1
+	.venv-tools/bin/pip-audit --path $$($(BIN)/python -c 'import site; print(site.getsitepackages()[0])') \
+	    --skip-editable
+
 clean:
-	rm -rf $(VENV) .venv-lowest .venv-proto .data out
+	rm -rf $(VENV) .venv-lowest .venv-proto .venv-tools .data out

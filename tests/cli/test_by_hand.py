@@ -7,6 +7,7 @@ import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+from urllib.request import urlopen
 
 import pytest
 import torch
@@ -80,7 +81,9 @@ def test_the_readmes_commands(folder_of: Any, tmp_path: Path):
     texts = [{"text": text} for text in dataset(24)["text"]]
     write_rows(tmp_path, texts)
     cutlayer("certs", "init", "--dir", "certs", "--host", "127.0.0.1", cwd=tmp_path)
-    with ServerProcess(model, tmp_path / "certs", tmp_path / "state", mutual_tls=True) as server:
+    flags = {"mutual_tls": True, "metrics_port": 0, "log_format": "json"}
+    log = (tmp_path / "log").open("wb")
+    with ServerProcess(model, tmp_path / "certs", tmp_path / "state", log=log, **flags) as server:
         config = write_run(tmp_path, model, server.port)
         preview = json.loads(
             cutlayer("preview", "--config", config, "--format", "json", cwd=tmp_path)
@@ -91,7 +94,12 @@ def test_the_readmes_commands(folder_of: Any, tmp_path: Path):
         cutlayer("merge", "--run", "out", "--output", "adapter", cwd=tmp_path)
         words = ("generate", "--config", config, "--prompt", "w20 w21 w22", "--max_new_tokens", 8)
         through_the_split = cutlayer(*words, cwd=tmp_path)
+        with urlopen(f"{server.metrics}status.json") as told:  # our own server
+            (tenant,) = json.loads(told.read())["tenants"]
 
+    assert (tenant["name"], tenant["steps"]) == ("client", 3)
+    assert all(json.loads(line)["level"] for line in (tmp_path / "log").read_text().splitlines())
+    assert cutlayer("audit-log", "verify", "state/audit.jsonl", cwd=tmp_path)
     assert preview
     assert "equal" in doctor
     assert trained["steps"] == 3

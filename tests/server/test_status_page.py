@@ -8,9 +8,7 @@ import socket
 import threading
 import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
-from urllib.request import urlopen
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -23,7 +21,6 @@ from cutlayer.server.metrics_port import MetricsPort
 from cutlayer.server.status_page import Status
 from cutlayer.server.watch import Watch
 from cutlayer.wire import cutlayer_pb2 as pb
-from tests.site import Loop, ServerProcess, Site, batch_of
 
 HOSTILE = '</td><script>document.title="taken"</script><img src=x onerror="alert(1)">'
 ABOUT = {
@@ -146,26 +143,6 @@ def test_silent_callers_do_not_shut_out_the_next(port: MetricsPort):
     assert threading.active_count() - before <= 16
     for caller in silent:
         caller.close()
-
-
-def test_the_command_serves_both_ports(folder_of: Any, certs: Path, tmp_path: Path):
-    """`cutlayer serve --metrics_port` tells of a real run, and logs in JSON."""
-    log = (tmp_path / "log").open("wb")
-    flags = {"metrics_port": 0, "log_format": "json"}
-    with ServerProcess(folder_of("llama"), certs, tmp_path / "s", log=log, **flags) as server:
-        site = Site(folder_of("llama"), certs, server)
-        with site.connect(run="mine") as model:
-            Loop.over(model).step(batch_of(1))
-            facts = json.loads(urlopen(f"{server.metrics}status.json").read())
-
-    (run,) = facts["runs"]
-    (tenant,) = facts["tenants"]
-    assert (run["tenant"], run["run"], run["step"]) == ("default", "mine", 1)
-    assert (tenant["steps"], tenant["tokens"]) == (1, 44)
-    assert tenant["memory_bytes"] > 0
-    assert facts["audit_log"]["lines"] == 1
-    lines = [json.loads(line) for line in (tmp_path / "log").read_text().splitlines()]
-    assert any("opened run mine" in line["message"] for line in lines)
 
 
 # ---------------------------------------------------------------------- in a browser

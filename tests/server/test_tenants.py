@@ -172,9 +172,9 @@ def test_a_token_makes_the_tenant(guarded: Site, tmp_path: Path):
 
     with guarded.connect(token_file=token_file, run="mine") as model:
         Loop.over(model).step(batch_of(1))
-        (session,) = guarded.server.sessions._open.values()
+        runs = [session.run for session in guarded.server.sessions.in_memory("ward-t")]
 
-    assert session.tenant == "ward-t"
+    assert runs == ["mine"]
 
 
 def test_a_revoked_token_stops_an_open_stream(guarded: Site):

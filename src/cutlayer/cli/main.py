@@ -18,6 +18,9 @@ __all__ = ["main"]
 VERBS = {
     "certs": "make the certificates with which client and server trust each other",
     "serve": "hold the trunk of a model and train tenants' adapters on it",
+    "sessions": "list, show and stop the runs that this server knows",
+    "checkpoints": "list and delete what this server keeps of runs",
+    "status": "tell what this server does",
     "audit-log": "check that nobody changed a server's audit log",
     "tenants": "add, list, rotate and revoke those who may use this server",
     "preview": "show what a run would train on, send and need; nothing is sent",

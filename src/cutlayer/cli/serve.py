@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cutlayer.cli.logs import begin_log
+from cutlayer.cli.tenants import add_quotas, quotas_of
 from cutlayer.errors import ConfigError, ProtocolError
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     add("--lease_s", type=float, default=300.0, help="silence that parks a session (default: 300)")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
+    add_quotas(parser, "of every tenant (default: no limit)")
     add("--metrics_port", type=int, help="serve /metrics and a status page there (default: no)")
     add("--metrics_host", default="127.0.0.1", help="address of that port (default: 127.0.0.1)")
     add("--log_format", choices=("text", "json"), default="text", help="of the log (default: text)")
@@ -72,6 +74,8 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
     from cutlayer.server.metrics import Metrics
     from cutlayer.server.metrics_port import MetricsPort
+    from cutlayer.server.presence import Presence
+    from cutlayer.server.quotas import Quotas
     from cutlayer.server.watch import Watch
 
     begin_log(args.log_format)
@@ -79,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
     attest = _attester(args)
+    presence = Presence(Path(args.state_dir))
     audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
     metrics = Metrics()
     server = make_server(
@@ -97,6 +102,7 @@ def run(args: argparse.Namespace) -> int:
         keep_adapter=args.keep_adapter,
         auth=auth,
         watch=Watch(audit, metrics),
+        quotas=Quotas(**quotas_of(args)),
         limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
     )
@@ -104,11 +110,13 @@ def run(args: argparse.Namespace) -> int:
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
     trunk = server.sessions.trunk
+    status = _status(args, metrics, server, auth)
+    status.is_serving = lambda: not stop.is_set()
     if args.metrics_port is not None:
-        status = _status(args, metrics, server, auth)
-        status.is_serving = lambda: not stop.is_set()
         port = MetricsPort(status, args.metrics_host, args.metrics_port)
-        print(f"metrics and status page at http://{port.host}:{port.port}/", flush=True)
+        status.about["metrics"] = f"http://{port.host}:{port.port}/"
+        print(f"metrics and status page at {status.about['metrics']}", flush=True)
+    presence.tell(status.about)
     print(
         f"serving layers {trunk.cut} of {trunk.anatomy.num_layers} of {args.model_name_or_path} at "
         f"{args.host}:{server.port} {'in PLAINTEXT' if args.plaintext else 'over TLS'}",
@@ -116,6 +124,7 @@ def run(args: argparse.Namespace) -> int:
     )
     stop.wait()
     server.stop()
+    presence.close()
     return 0
 
 
@@ -127,6 +136,7 @@ def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: st
     from cutlayer.server.status_page import Status
 
     metrics.runs = partial(runs_of, server.sessions)
+    metrics.queue_depth = server.sessions.waiting
     about = {
         "version": version("cutlayer"),
         "model": Path(args.model_name_or_path).name,

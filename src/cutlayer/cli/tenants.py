@@ -15,7 +15,14 @@ from typing import Any
 from cutlayer.cli.main import add_format, report
 from cutlayer.errors import ConfigError
 
-__all__ = ["add_quotas", "add_state_dir", "journal_in", "quotas_of"]
+__all__ = [
+    "add_audit_log",
+    "add_quotas",
+    "add_state_dir",
+    "audit_log_of",
+    "journal_in",
+    "quotas_of",
+]
 
 _DONE = {
     "add": "tenant added",
@@ -44,7 +51,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     revoke = what.add_parser("revoke", help="let a tenant in no more, token and certificate")
     revoke.add_argument("name")
     for child in (add, limit, rotate, revoke):
-        child.add_argument("--audit_log", help="the server's (default: audit.jsonl in --state_dir)")
+        add_audit_log(child)
     for child in (add, limit, shown, rotate, revoke):
         add_state_dir(child)
         add_format(child)
@@ -57,7 +64,6 @@ def run(args: argparse.Namespace) -> int:
         ConfigError: If the tenant is unknown, or there already.
         StorageError: If the journal cannot be written.
     """
-    from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
     from cutlayer.server.tenants import Register
 
     journal = journal_in(args.state_dir, make=args.what == "add")
@@ -65,7 +71,7 @@ def run(args: argparse.Namespace) -> int:
     try:
         facts, text = _ACTIONS[args.what](register, args)
         if args.what in _DONE:
-            audit = AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
+            audit = audit_log_of(args)
             audit.write(_DONE[args.what], tenant=args.name, by=getpass.getuser())
             audit.close()
     finally:
@@ -140,6 +146,22 @@ def add_state_dir(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--state_dir", default="cutlayer-state", help="the server's (default: cutlayer-state)"
     )
+
+
+def add_audit_log(parser: argparse.ArgumentParser) -> None:
+    """Add `--audit_log`, which every verb has that changes something."""
+    parser.add_argument("--audit_log", help="the server's (default: audit.jsonl in --state_dir)")
+
+
+def audit_log_of(args: argparse.Namespace) -> Any:
+    """Open the audit log that the flags name.
+
+    Raises:
+        StorageError: If it cannot be written, or its end does not hold.
+    """
+    from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
+
+    return AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
 
 
 def journal_in(state_dir: str, *, make: bool = False) -> Any:

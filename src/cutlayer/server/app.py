@@ -18,6 +18,8 @@ from grpc_reflection.v1alpha import reflection
 from cutlayer.errors import ConfigError
 from cutlayer.server.access import Gate, Limits
 from cutlayer.server.database import Journal
+from cutlayer.server.orders import Orders
+from cutlayer.server.quotas import Desk, Quotas
 from cutlayer.server.service import SERVICE, TrunkService
 from cutlayer.server.sessions import Sessions
 from cutlayer.server.store import Store
@@ -51,12 +53,14 @@ class Server:
     grpc_server: grpc.Server
     sessions: Sessions
     gate: Gate
+    orders: Orders
     health: health.HealthServicer
     port: int
 
     def stop(self, grace_s: float = 5.0) -> None:
         """Take no new work, finish the requests in flight, keep what is to be kept."""
         self.health.enter_graceful_shutdown()
+        self.orders.close()
         # Streams end by themselves once their session is marked; their clients come again.
         self.sessions.stop()
         self.grpc_server.stop(grace_s).wait()
@@ -80,6 +84,7 @@ def make_server(
     keep_adapter: bool = False,
     auth: str = "none",
     watch: Watch | None = None,
+    quotas: Quotas | None = None,
     limits: Limits | None = None,
     attest: Callable[[bytes], bytes] | None = None,
 ) -> Server:
@@ -102,6 +107,7 @@ def make_server(
         auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
             authority for clients.
         watch: Tells the audit log and the metrics what happens.
+        quotas: What a tenant may use, where the register of tenants says nothing else.
         limits: What a tenant may ask.
         attest: Returns evidence of this server for a client's nonce; without it none is offered.
 
@@ -135,6 +141,8 @@ def make_server(
         dtype=dtype,
         attn_implementation=loaded.config._attn_implementation or "",
     )
+    journal = Journal(state_dir)
+    register = Register(journal)
     sessions = Sessions(
         trunk,
         agreement,
@@ -142,18 +150,21 @@ def make_server(
         limits=limits,
         keeps_adapter=keep_adapter,
         watch=watch,
+        desk=Desk(quotas, register.quotas_of),
     )
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")
-    gate = Gate(Register(Journal(state_dir)), auth)
+    gate = Gate(register, auth)
+    orders = Orders(journal, sessions.close)
     service = TrunkService(sessions, offer, gate, attest)
-    return _listen(sessions, service, gate, f"{host}:{port}", credentials)
+    return _listen(sessions, service, gate, orders, f"{host}:{port}", credentials)
 
 
 def _listen(
     sessions: Sessions,
     service: TrunkService,
     gate: Gate,
+    orders: Orders,
     address: str,
     credentials: grpc.ServerCredentials | None,
 ) -> Server:
@@ -189,4 +200,4 @@ def _listen(
     server.start()
     for name in ("", SERVICE):
         servicer.set(name, health_pb2.HealthCheckResponse.SERVING)
-    return Server(server, sessions, gate, servicer, port)
+    return Server(server, sessions, gate, orders, servicer, port)

@@ -5,11 +5,13 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from cutlayer.wire import cutlayer_pb2 as pb
 
 if TYPE_CHECKING:
     from cutlayer.server.trunk import TenantTrunk
@@ -57,18 +59,40 @@ class Memory:
         pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in layers]
         return sum(t.nbytes for pair in pairs for t in pair if isinstance(t, Tensor))
 
-    def expected_bytes(self, kind: tuple[object, ...]) -> int:
-        """Return what a graph of this kind took before; 0 if there was none."""
-        return self._known.get(kind, 0)
-
     @contextlib.contextmanager
-    def measuring(self, sequence: int, kind: tuple[object, ...]) -> Iterator[None]:
-        """Count what the forward inside keeps for its backward.
+    def admitting(
+        self,
+        sequence: int,
+        asked: pb.Forward,
+        smashed_BTD: Tensor,
+        admit: Callable[[int], None],
+    ) -> Iterator[None]:
+        """Let the forward inside be done if its memory is allowed, and count what it keeps.
+
+        A forward of a kind that was seen before is asked for beforehand, with what the last one
+        took; a new kind is measured, and undone if it was too much.
 
         Args:
             sequence: The forward's number.
-            kind: What its size depends on, such as its shape; each kind is measured once.
+            asked: What is asked of it.
+            smashed_BTD: What it is computed from.
+            admit: Is given the bytes that are needed more, and raises if they are too many.
         """
+        flags = (asked.training, asked.wants_gradient, asked.adapter_disabled)
+        kind = (tuple(smashed_BTD.shape), asked.autocast, *flags)
+        admit(self._known.get(kind, 0) if asked.keep_graph else 0)
+        with self._measuring(sequence, kind) if asked.keep_graph else contextlib.nullcontext():
+            yield
+        try:
+            admit(0)
+        except BaseException:
+            self._trunk.discard(sequence)
+            self._trunk.drop_cache(asked.cache)
+            raise
+
+    @contextlib.contextmanager
+    def _measuring(self, sequence: int, kind: tuple[object, ...]) -> Iterator[None]:
+        """Count what the forward inside keeps for its backward; each kind is measured once."""
         if kind in self._known:
             yield
         else:

@@ -63,20 +63,21 @@ class Bucket:
     any long time no more is let through than the rate.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+        self._clock = clock
         self._level: float | None = None
-        self._at_s = time.monotonic()
+        self._at_s = clock()
         self._lock = threading.Lock()
 
     def take(self, tokens: int, tokens_per_minute: int) -> float:
         """Take tokens if there is no debt; return the seconds to wait before asking again, or 0."""
         rate = tokens_per_minute / 60.0
         with self._lock:
-            now_s = time.monotonic()
+            now_s = self._clock()
             level = rate * _BURST_S if self._level is None else self._level
             level = min(level + rate * (now_s - self._at_s), rate * _BURST_S)
             self._at_s = now_s
-            if level < 0:
+            if level < -1e-6:
                 self._level = level
                 return -level / rate
             self._level = level - tokens

@@ -17,6 +17,7 @@ from cutlayer.errors import AttestationFailed, CutlayerError, ProtocolError
 from cutlayer.server.access import Gate
 from cutlayer.server.session import Reply
 from cutlayer.server.sessions import Sessions
+from cutlayer.server.watch import tokens_in
 from cutlayer.server.worker import Stopped
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
@@ -197,6 +198,9 @@ class _Stream:
                 if self._ended.is_set():
                     return
                 self._asked += 1
+                # Who has asked for too much is not read meanwhile: flow control holds it back.
+                wait_for_tokens = self._sessions.desk.wait_for_tokens
+                wait_for_tokens(self._session.tenant, tokens_in(message.head), self._ended)
                 arrived_s = time.monotonic()
                 work = functools.partial(self._answer, message, arrived_s)
                 last = self._sessions.on_trunk(work, self._session.tenant)
@@ -214,11 +218,13 @@ class _Stream:
         session = self._session
         if session.stream != self._number:
             return  # the client has come back on another stream, and says there what it asks
+        done_before = message.head.sequence <= session.last_sequence
         reply = session.answer(message, arrived_s)
         self._outgoing.put(reply)
-        self._sessions.watch.answered(
-            session.tenant, session.run, message.head, reply[0], size_bytes=session.saved_bytes
-        )
+        if not done_before:
+            self._sessions.watch.answered(
+                session.tenant, session.run, message.head, reply[0], size_bytes=session.saved_bytes
+            )
 
 
 def _failure(error: CutlayerError) -> pb.Head:

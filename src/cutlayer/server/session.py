@@ -20,7 +20,10 @@ from torch import Tensor
 
 from cutlayer.errors import CutlayerError, NotFinite, ProtocolError, Refused
 from cutlayer.server.access import Limits
+from cutlayer.server.memory import Memory
 from cutlayer.server.optimizers import Group
+from cutlayer.server.quotas import Desk
+from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import TenantTrunk
 from cutlayer.split.entry import CARRIED
@@ -47,6 +50,7 @@ class Session:
         hang_up: Ends the attached stream; `None` while there is none.
         silent_since_s: When the last request came or the stream ended.
         saved_bytes: Bytes of the state that was saved last.
+        memory: What this session uses, for its tenant's quotas.
     """
 
     identifier: str
@@ -59,6 +63,7 @@ class Session:
     keeps_adapter: bool
     width: int
     write_mark: Callable[[Session, State], None]
+    desk: Desk
     last_sequence: int = 0
     durable: int = 0
     settings: dict[str, Any] = field(default_factory=dict)
@@ -67,6 +72,9 @@ class Session:
     hang_up: Callable[[], None] | None = None
     silent_since_s: float = field(default_factory=time.monotonic)
     saved_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.memory = Memory(self.trunk)
 
     def attach(self, received: int, hang_up: Callable[[], None]) -> tuple[int, list[Reply]]:
         """Begin a new stream; return its number and what must be said on it first."""
@@ -172,10 +180,22 @@ class Session:
         refuse_not_finite(smashed_BTD, "the smashed activations", "nothing was computed")
         if asked.autocast and asked.autocast not in ("bfloat16", "float16"):
             raise ProtocolError(f"autocast to '{asked.autocast}' is unknown")
-        out_BTD = self.trunk.forward(
-            head.sequence,
+        tokens = smashed_BTD.shape[0] * smashed_BTD.shape[1]
+        self.desk.admit_forward(self.tenant, tokens, keeps_graph=asked.keep_graph)
+        with self.memory.admitting(head.sequence, asked, smashed_BTD, self._more_memory):
+            out_BTD = self._forward(head.sequence, asked, smashed_BTD, tensors)
+        return {"trunk_out": out_BTD}
+
+    def _more_memory(self, more_bytes: int) -> None:
+        self.desk.admit_memory(self.tenant, more_bytes)
+
+    def _forward(
+        self, sequence: int, asked: pb.Forward, smashed_BTD: Tensor, carried: dict[str, Tensor]
+    ) -> Tensor:
+        return self.trunk.forward(
+            sequence,
             smashed_BTD,
-            tensors,
+            carried,
             training=asked.training,
             keep_graph=asked.keep_graph,
             wants_gradient=asked.wants_gradient,
@@ -186,7 +206,6 @@ class Session:
             past_tokens=asked.past_tokens,
             cache_rows=asked.cache_rows,
         )
-        return {"trunk_out": out_BTD}
 
     def _do_backward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         grad_BTD = tensors.get("gradient", torch.empty(0))
@@ -286,6 +305,8 @@ class Session:
         if not self.trunk.lora.targets:
             return
         state = self.state(step)
+        held = held_bytes(self.store.root, self.tenant)
+        self.desk.admit_checkpoint(self.tenant, held, state.size_bytes)
         self.store.save(self.tenant, self.run, state)
         self.saved_bytes = state.size_bytes
 

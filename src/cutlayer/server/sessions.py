@@ -23,8 +23,9 @@ from cutlayer.server.access import Limits
 from cutlayer.server.database import Journal
 from cutlayer.server.names import is_plain_name
 from cutlayer.server.optimizers import OPTIMIZERS
+from cutlayer.server.quotas import Desk
 from cutlayer.server.session import Reply, Session
-from cutlayer.server.session_table import SessionTable
+from cutlayer.server.session_table import Entry, SessionTable
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
@@ -52,8 +53,11 @@ class Sessions:
         limits: Limits | None = None,
         keeps_adapter: bool = False,
         watch: Watch | None = None,
+        desk: Desk | None = None,
     ) -> None:
         self.watch = watch or Watch()
+        self.desk = desk or Desk()
+        self.desk.usages = lambda tenant: [s.memory for s in self.in_memory(tenant)]
         self.trunk = trunk
         self.agreement = agreement
         self.limits = limits or Limits()
@@ -69,6 +73,18 @@ class Sessions:
         self._mark_lock = threading.RLock()
         self._stopping = threading.Event()
         threading.Thread(target=self._sweep, name="leases", daemon=True).start()
+
+    def in_memory(self, tenant: str | None = None) -> list[Session]:
+        """Return the sessions that are not parked, of all tenants or of one."""
+        return [s for s in list(self._open.values()) if tenant in (None, s.tenant)]
+
+    def known(self) -> list[Entry]:
+        """Return all sessions, the parked ones too."""
+        return self._table.all()
+
+    def waiting(self) -> int:
+        """Return how many requests wait for the trunk."""
+        return self._thread.depth()
 
     def offer(self) -> pb.Offer:
         """Return what this server holds and allows."""
@@ -103,6 +119,8 @@ class Sessions:
             raise Refused("; ".join(faults))
 
         def make() -> Session:
+            others = [other for other in self.in_memory(tenant) if other.run != asked.run]
+            self.desk.admit_session(tenant, len(others), ranks)
             session = self._made(secrets.token_urlsafe(24), tenant, asked)
             if asked.take_up:
                 session.take_up(None)
@@ -139,6 +157,7 @@ class Sessions:
             keeps_adapter=self.keeps_adapter,
             width=self.trunk.model.config.get_text_config().hidden_size,
             write_mark=self._mark_aside,
+            desk=self.desk,
         )
 
     def attach(

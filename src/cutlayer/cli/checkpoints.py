@@ -1,0 +1,80 @@
+"""`cutlayer checkpoints`: what a server keeps of its tenants' runs."""
+
+from __future__ import annotations
+
+import argparse
+import datetime as dt
+import getpass
+from pathlib import Path
+from typing import Any
+
+from cutlayer.cli.main import add_format, report
+from cutlayer.cli.tenants import add_audit_log, add_state_dir, audit_log_of
+from cutlayer.errors import ConfigError
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Describe the verb's arguments."""
+    what = parser.add_subparsers(dest="what", required=True, metavar="list|delete")
+    shown = what.add_parser("list", help="list the saved states")
+    shown.add_argument("--tenant", help="of this tenant only")
+    delete = what.add_parser("delete", help="delete the saved states of a run")
+    delete.add_argument("name", metavar="TENANT/RUN")
+    delete.add_argument("--step", type=int, help="only the one of this step")
+    add_audit_log(delete)
+    for child in (shown, delete):
+        add_state_dir(child)
+        add_format(child)
+
+
+def run(args: argparse.Namespace) -> int:
+    """List or delete.
+
+    Raises:
+        ConfigError: If there is nothing of that name.
+        StorageError: If it cannot be deleted.
+    """
+    from cutlayer.server.shelf import delete, kept_in
+
+    root = Path(args.state_dir)
+    if not root.is_dir():
+        raise ConfigError(f"--state_dir '{root}' is not there: name the folder of the server")
+    if args.what == "list":
+        found = [_facts(kept) for kept in kept_in(root, args.tenant or "*")]
+        text = "\n".join(map(_line, found)) or "no saved states"
+        report(args.format, {"checkpoints": found}, text)
+        return 0
+    tenant, _, name = args.name.partition("/")
+    audit = audit_log_of(args)
+    gone = delete(root, tenant, name, args.step)
+    for kept in gone:
+        audit.write(
+            "deleted",
+            tenant=tenant,
+            run=name,
+            step=kept.step,
+            size_bytes=kept.size_bytes,
+            by=getpass.getuser(),
+        )
+    audit.close()
+    steps = ", ".join(str(kept.step) for kept in gone)
+    facts = {"deleted": [_facts(kept) for kept in gone]}
+    report(args.format, facts, f"deleted of {args.name}: step {steps}")
+    return 0
+
+
+def _facts(kept: Any) -> dict[str, Any]:
+    return {
+        "tenant": kept.tenant,
+        "run": kept.run,
+        "step": kept.step,
+        "size_bytes": kept.size_bytes,
+        "saved_s": kept.saved_s,
+    }
+
+
+def _line(facts: dict[str, Any]) -> str:
+    saved = dt.datetime.fromtimestamp(facts["saved_s"], dt.UTC)
+    name = f"{facts['tenant']}/{facts['run']}"
+    size = f"{facts['size_bytes'] / (1 << 20):.1f} MiB"
+    return f"{name:<32} step {facts['step']:<8} {size:>12}  saved {saved:%Y-%m-%d %H:%M} UTC"
