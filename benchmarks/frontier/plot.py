@@ -1,4 +1,4 @@
-"""Draw a result: what is left of the task against what is read, a panel for each channel."""
+"""Draw a result and write it as a table: what is left of the task against what is read."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-__all__ = ["draw"]
+__all__ = ["draw", "table"]
 
 _PANELS = (
     ("activations", ("tokens", "listed"), "text read at the lower cut"),
@@ -70,6 +70,33 @@ def draw(result: dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
+def table(result: dict[str, Any]) -> str:
+    """Return a result as Markdown: a row for each defense, its strengths from weak to strong."""
+    figures = result["figures"]
+    points: dict[str, list[dict[str, Any]]] = {}
+    for point in result["settings"]["points"]:
+        points.setdefault(point["name"], []).append(point)
+    lines = ["| defense | strength | accuracy | loss | read |", "|---|---|---|---|---|"]
+    for name, listed in points.items():
+        channel = listed[0]["channel"]
+        attacks = [a for c, names, _label in _PANELS if channel in ("", c) for a in names]
+        cells: tuple[list[str], ...] = ([], [], [], [])
+        for point in listed:
+            key = point["key"]
+            cells[0].append("" if point["strength"] is None else f"{point['strength']:g}")
+            cells[1].append(f"{figures[f'{key}_accuracy']:.2f}")
+            read = strongest(figures, key, tuple(attacks))
+            cells[2].append(f"{figures[f'{key}_loss']:.2f}")
+            cells[3].append("nothing sent" if read is None else f"{figures[f'{key}_{read}']:.2f}")
+        parameter = listed[0]["parameter"].replace("_", " ")
+        strengths = f"{parameter} {' / '.join(cells[0])}".strip()
+        shown = " | ".join(" / ".join(cell) for cell in cells[1:])
+        lines.append(f"| `{name}` | {strengths} | {shown} |")
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
     for name in sys.argv[1:]:
-        draw(json.loads(Path(name).read_text()), Path(name).with_suffix(".svg"))
+        found = json.loads(Path(name).read_text())
+        draw(found, Path(name).with_suffix(".svg"))
+        print(table(found))
