@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check families fix test-lowest bench proto sbom pip-audit clean
+.PHONY: demo test check families fix test-lowest fuzz bench proto sbom pip-audit clean
 
 demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
 	$(BIN)/python recipes/demo.py
@@ -31,6 +31,10 @@ families: $(VENV)/.installed ## every model type of transformers; writes docs/fa
 
 bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark
 	for each in benchmarks/*/run.py; do $(BIN)/python $$each --quick || exit 1; done
+
+fuzz: $(VENV)/.installed ## a million streams of a stranger against the frame decoder
+	$(PIP) --group fuzz
+	$(BIN)/python benchmarks/fuzz/run.py $(ARGS)
 
 test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the registry has them
 	$(PYTHON) -m venv .venv-lowest
