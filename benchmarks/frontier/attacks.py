@@ -65,6 +65,7 @@ class Attacker:
         self._table = CandidateTable(self.public)
         self._exact = calibrated(self.public, SearchSettings(score="l2"))
         self._prior = _prior_of(model) if whole else None
+        self._answered: dict[bytes, list[Tensor]] = {}
         self._embedding_VD = self._run.client.get_base_model().get_input_embeddings().weight
 
     # ------------------------------------------------------------------ what a defense is set by
@@ -246,8 +247,8 @@ class Attacker:
                 sent_BTD = defense.apply(sent_BTD)
             tried_AB = torch.stack(
                 [
-                    self._apart(batch, answer, out_BTD, sent_BTD, defense)
-                    for answer in range(len(self._task.answers_A))
+                    self._apart(guess_BTD, sent_BTD, defense)
+                    for guess_BTD in self._guesses(batch, out_BTD)
                 ]
             )
             found["tried"] += (tried_AB.argmin(0) == batch.answer_B).tolist()
@@ -273,16 +274,19 @@ class Attacker:
             prior=log_prior_BTV,
         ).labels_BT[:, -1]
 
-    def _apart(
-        self,
-        batch: Batch,
-        answer: int,
-        out_BTD: Tensor,
-        sent_BTD: Tensor,
-        defense: Defense | None,
-    ) -> Tensor:
-        """Return how far each row's gradient is from what this answer would have sent, (B,)."""
-        guess_BTD = self.gradients(batch, torch.full_like(batch.answer_B, answer), out_BTD)
+    def _guesses(self, batch: Batch, out_BTD: Tensor) -> list[Tensor]:
+        """Return what each answer would send if nothing defended it; computed once a batch."""
+        key = batch.ids_BT.numpy().tobytes()
+        if key not in self._answered:
+            self._answered[key] = [
+                self.gradients(batch, torch.full_like(batch.answer_B, answer), out_BTD)
+                for answer in range(len(self._task.answers_A))
+            ]
+        return self._answered[key]
+
+    @staticmethod
+    def _apart(guess_BTD: Tensor, sent_BTD: Tensor, defense: Defense | None) -> Tensor:
+        """Return how far each row's gradient is from what a guess would have sent, (B,)."""
         if isinstance(defense, NoisyGrad):
             guess_BTD = defense.signal(guess_BTD)
         return (sent_BTD - guess_BTD).flatten(1).norm(dim=1)

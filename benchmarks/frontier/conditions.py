@@ -90,14 +90,14 @@ def conditions(scales: Scales) -> list[Condition]:
        lambda nsr: {"name": "gaussian", "nsr": nsr, "channel": sites[0]})  # fmt: skip
     at("ldp_sequence", sites[0], "epsilon", epsilons,
        formal("ldp_sequence", scales.activations))  # fmt: skip
-    at("ldp_pooled", sites[0], "epsilon", few,
-       formal("ldp_sequence", scales.pooled, pool=16, spread=True))  # fmt: skip
     # The strength is the mean length of the noise over that of an embedding.
     at("metric_dp_embed", sites[0], "noise_over_embedding", (0.3, 0.6, 1.0, 2.0, 4.0),
        lambda ratio: {"name": "metric_dp_embed",
                       "eta": scales.width / (ratio * scales.embedding)})  # fmt: skip
-    at("gaussian_gradient", sites[1], "nsr", (1.0, 3.0, 10.0, 30.0, 100.0),
-       lambda nsr: {"name": "gaussian", "nsr": nsr, "channel": sites[1]})  # fmt: skip
     at("noisy_grad", sites[1], "epsilon", epsilons,
        formal("noisy_grad", scales.gradients))  # fmt: skip
+    at("ldp_pooled", sites[0], "epsilon", few,
+       formal("ldp_sequence", scales.pooled, pool=16, spread=True))  # fmt: skip
+    at("gaussian_gradient", sites[1], "nsr", (1.0, 3.0, 10.0, 30.0, 100.0),
+       lambda nsr: {"name": "gaussian", "nsr": nsr, "channel": sites[1]})  # fmt: skip
     return listed

@@ -8,6 +8,7 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -139,10 +140,14 @@ class Kept:
             print(what, numbers, file=sys.stderr, flush=True)
         return self._rows[what, settings]
 
+    def has(self, what: str, settings: str) -> bool:
+        """Say whether something is kept under a name with these settings."""
+        return (what, settings) in self._rows
+
 
 def over_seeds(key: str, found: Sequence[dict[str, float]]) -> dict[str, float]:
     """Return means over seeds, and the lowest and highest of each."""
-    figures: dict[str, float] = {}
+    figures: dict[str, float] = {f"{key}_seeds": len(found)}
     for name in ("accuracy", "loss"):
         values = [row[name] for row in found]
         figures[f"{key}_{name}"] = sum(values) / len(values)
@@ -154,14 +159,15 @@ def main() -> None:
     """Train and attack at every point."""
     parser = parser_of(__doc__)
     parser.add_argument("--partial", type=Path, default=PARTIAL, help="what is done, to go on from")
-    parser.add_argument("--seeds", type=int, help="how many seeds, if not as many as planned")
+    parser.add_argument(
+        "--so-far", action="store_true", help="write what is there, measure nothing"
+    )
     args = parser.parse_args()
     torch.set_num_threads(1)
     plan = QUICK if args.quick else FULL
     with scratch() as folder:
         workload = make_workload(args, folder, rows=1, columns=8, batches=1)
         settings = settings_of(workload, args, **dataclasses.asdict(plan), cut=[2, 2])
-        settings["seeds"] = args.seeds or plan.seeds
         for meaningless in ("batch", "tls"):
             del settings[meaningless]
         settings["batch"] = plan.batch
@@ -176,8 +182,7 @@ def main() -> None:
         listed = conditions(scales)
         if args.quick:
             listed = [c for n, c in enumerate(listed) if n < 2 or n % 5 == 4]
-        partial = folder / "partial.jsonl" if args.quick else args.partial
-        kept = Kept(partial)
+        kept = Kept(folder / "partial.jsonl" if args.quick else args.partial)
         # The commit is not among these: a mended typo must not cost an hour.
         of_training, of_attacks = (
             json.dumps(
@@ -195,24 +200,24 @@ def main() -> None:
             ),
             "guessing_tried": 1 / len(task.answers_A),
         }
-        for c in listed:
-            found = kept.get(
-                f"attacks {c.key}",
-                of_attacks,
-                lambda c=c: attacked(c, task, plan, attacker),
-            )
-            figures |= {f"{c.key}_{name}": v for name, v in found.items() if name != "cpu_s"}
-        scored: dict[str, list[dict[str, float]]] = {c.key: [] for c in listed}
-        for seed in range(args.seeds or plan.seeds):  # outermost: what is there early compares
+        read: dict[str, dict[str, float]] = {}
+        scored: dict[str, list[dict[str, float]]] = {}
+        for seed in range(plan.seeds):  # outermost, so that what is there early compares
             for c in listed:
-                found = kept.get(
-                    f"seed {seed} {c.key}",
-                    of_training,
-                    lambda c=c, seed=seed: trained(c, seed, site, task, plan),
-                )
-                scored[c.key].append(found)
+                works = {
+                    f"attacks {c.key}": (of_attacks, partial(attacked, c, task, plan, attacker)),
+                    f"seed {seed} {c.key}": (
+                        of_training,
+                        partial(trained, c, seed, site, task, plan),
+                    ),
+                }
+                if args.so_far and not all(kept.has(w, key) for w, (key, _) in works.items()):
+                    continue
+                read[c.key], of_seed = (kept.get(w, *rest) for w, rest in works.items())
+                scored.setdefault(c.key, []).append(of_seed)
         for key, rows in scored.items():
             figures |= over_seeds(key, rows)
+            figures |= {f"{key}_{name}": v for name, v in read[key].items() if name != "cpu_s"}
     points = [
         {
             "key": c.key,
@@ -224,6 +229,7 @@ def main() -> None:
             "defenses": [defense.describe() for defense in c.defenses()],
         }
         for c in listed
+        if c.key in scored
     ]
     settings |= {"scales": dataclasses.asdict(scales), "points": points}
     result = Result(figures, settings)
