@@ -187,6 +187,33 @@ def test_a_clinical_sentence_comes_back_from_real_weights(
     assert found.scale == pytest.approx(1 / int((message.carried_BT >= 0).sum()), rel=1e-3)
 
 
+@pytest.mark.parametrize("top", [0, 2])
+def test_answers_come_back_where_only_they_are_labelled(top: int):
+    """Of padded texts whose loss is on the last words only, weighted as a chunk of a batch is."""
+    words_T = clinical_ids()
+    ids_BT = torch.stack([words_T, words_T.roll(9)])
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[1, -6:] = 0
+    labels = torch.full_like(ids_BT, NO_LABEL)
+    labels[0, -4:] = ids_BT[0, -4:]
+    labels[1, -11:-6] = ids_BT[1, -11:-6]
+
+    message = sent(
+        whole_model(DATA / "smollm2"),
+        DATA / "smollm2",
+        ids_BT,
+        labels,
+        top=top,
+        scale=9 / 49,
+        attention_mask=mask_BT,
+    )
+    found = message.inverted(iterations=100)
+
+    assert share_found(message.carried_BT, found.labels_BT) == 1
+    assert found.residual < 1e-2
+    assert found.scale == pytest.approx(1 / 49, rel=1e-3)
+
+
 def test_the_clinical_sentence_survives_a_codec_and_noise(smollm2: Callable[..., Message]):
     """Rounding to bfloat16 hides no label, and noise as large as the gradient hides few."""
     message = smollm2(top=1)

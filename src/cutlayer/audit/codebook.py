@@ -20,6 +20,8 @@ TINY = 1e-30
 # So many positions are held against the whole vocabulary at once, and so many rows of the head
 # are brought into the metric at once.
 _POSITIONS_AT_ONCE, _ROWS_AT_ONCE = 128, 8192
+# Of the most that a label explains of any position.
+_HEARD = 0.1
 
 
 class Codebook:
@@ -80,10 +82,10 @@ class Codebook:
     def scale_of(self, error_BTE: Tensor) -> float:
         """Return by how much an error signal is scaled, when neither it nor the labels are known.
 
-        The label whose signal points most nearly in the same direction needs no scale; the half of
-        the positions where one fits best then tell it.
+        The label whose signal points most nearly in the same direction needs no scale. Of the
+        positions of which a label explains much, the half where one fits best then tell it.
         """
-        fits, scales = [], []
+        votes, fits, scales = [], [], []
         shaped = (self._metric.shape(t.flatten(0, 1)) for t in (error_BTE, self.mean_BTE))
         pieces = (*map(_pieces, shaped), _pieces(self._value_NE))
         for error_NE, mean_NE, value_NE in zip(*pieces, strict=True):
@@ -95,13 +97,15 @@ class Codebook:
             squares_NW += mean_NE.square().sum(1, keepdim=True)
             # A label that is as good as certain adds a signal near zero, of no sure direction.
             squares_NW.clamp_min_(1e-3 * float(self._squares_W.mean()))
-            fit_N, label_N = (dots_NW * squares_NW.rsqrt()).max(1)
+            vote_N, label_N = (dots_NW * squares_NW.rsqrt()).max(1)
+            votes.append(vote_N)
             chosen = label_N.unsqueeze(1)
-            fits.append(fit_N / error_NE.norm(dim=1).clamp_min(TINY))
+            fits.append(vote_N / error_NE.norm(dim=1).clamp_min(TINY))
             scales.append((dots_NW.gather(1, chosen) / squares_NW.gather(1, chosen)).squeeze(1))
         fit_N, scale_N = torch.cat(fits), torch.cat(scales)
-        norm_N = error_BTE.flatten(0, 1).norm(dim=1)
-        heard_N = norm_N > 1e-3 * norm_N.max()
+        # Where there is no label there is only what is not solved for yet, which none explains.
+        explained_N = torch.cat(votes)
+        heard_N = explained_N > _HEARD * explained_N.max()
         if not heard_N.any():
             return 0.0
         fit_N, scale_N = fit_N[heard_N], scale_N[heard_N]

@@ -35,6 +35,8 @@ NO_LABEL = -100
 # Rows are solved together up to this many positions: memory grows with them, speed hardly does.
 _POSITIONS_TOGETHER = 512
 _ROUNDING = 1e-5
+# What labels may leave unexplained to be taken for known and subtracted.
+_MOSTLY = 0.1
 # What the rounding of a 16-bit codec may leave unexplained of right labels.
 _PROVEN = 0.02
 
@@ -108,28 +110,47 @@ class _Inversion:
     def run(self, iterations: int, tolerance: float, ridge: float, prior: Prior) -> None:
         """Iterate until the labels prove right, or as long as allowed."""
         carries = None if self._labelled_BT is None else self._labelled_BT.unsqueeze(-1)
-        if not self._grad_BTD.any():
-            return
-        look = 5
-        for error_BTE in descend(
-            self._derivative, self._grad_BTD, self._metric, carries_BT1=carries, ridge=ridge
-        ):
-            self.iterations += 1
-            if self.iterations == look or self.iterations >= iterations:
-                self._look(error_BTE, tolerance, prior)
-                look += max(5, look // 4)
-            # With noise in the gradient there comes no proof, and soon nothing better either.
-            if self.proven_B.all() or self.iterations >= min(iterations, 2 * self._bettered + 40):
-                return
+        going_on = bool(self._grad_BTD.any())
+        while going_on:
+            # What is read already is subtracted, and the rest solved for: an error then is a part
+            # of what is left, not of the whole, and labels of which little is heard come through.
+            known_BTE = self._known()
+            rest_BTD = self._grad_BTD - self._derivative.pull(known_BTE)
+            look, begun = 5, self.iterations
+            for change_BTE in descend(
+                self._derivative, rest_BTD, self._metric, carries_BT1=carries, ridge=ridge
+            ):
+                self.iterations += 1
+                ends = self.iterations >= iterations
+                if self.iterations - begun == look or ends:
+                    bettered = self._look(known_BTE + change_BTE, tolerance, prior)
+                    look += max(5, look // 4)
+                    if self.proven_B.all() or ends:
+                        return
+                    going_on = not bettered and bool((self.residual_B < _MOSTLY).all())
+                    if going_on:
+                        break
+                # With noise in the gradient there comes no proof, and soon nothing better either.
+                if self.iterations >= 2 * self._bettered + 40:
+                    return
 
-    def _look(self, error_BTE: Tensor, tolerance: float, prior: Prior) -> None:
-        """Read the labels from the error signal; keep those that explain the gradient best."""
+    def _known(self) -> Tensor:
+        """Return the error signal of the labels that were read so far."""
+        read_B11 = (self.residual_B < 1).view(-1, 1, 1)
+        return self.scale * self.codebook.error_of(self.labels_BT) * read_B11
+
+    def _look(self, error_BTE: Tensor, tolerance: float, prior: Prior) -> bool:
+        """Read the labels from the error signal, and keep those that explain the gradient best.
+
+        Return whether any explain it better than what was there.
+        """
         scale = self.codebook.scale_of(error_BTE)
         if scale <= 0:
-            return
+            return False
         nearest_BT = self.codebook.read(error_BTE, scale, prior)
         for carrying_BT in self._carrying(error_BTE, scale, nearest_BT):
             self._consider(nearest_BT.masked_fill(~carrying_BT, NO_LABEL), tolerance)
+        return self._bettered == self.iterations
 
     def _consider(self, labels_BT: Tensor, tolerance: float) -> None:
         """Send these labels through the model; keep the rows that explain the gradient better."""
@@ -174,7 +195,8 @@ class _Inversion:
             whole_BT = signal_BTE.square().sum(2)
             # A label of which the model is certain adds next to nothing. Where nothing could be
             # heard, the model's certainty is the better guess than that there is no label.
-            noise = (error_BTE - signal_BTE).norm(dim=2)[~self._silent_BT].median()
+            rest_BT = torch.minimum(error_BTE.norm(dim=2), (error_BTE - signal_BTE).norm(dim=2))
+            noise = rest_BT[~self._silent_BT].median()
             unheard_BT = whole_BT.sqrt() < noise
             for share in (0.1, 0.5):
                 yield ((there_BT > share * whole_BT) | unheard_BT) & ~self._silent_BT
