@@ -113,6 +113,7 @@ def within_a_second(holds: Any) -> bool:
     ("words", "told"),
     [
         (["add", "../x"], "no plain name"),
+        (["add", "journal.sqlite"], "no plain name"),
         (["add", "ward-a"], "there already"),
         (["rotate", "ward-x"], "no tenant 'ward-x'"),
     ],

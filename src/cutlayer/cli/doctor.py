@@ -61,6 +61,7 @@ def _facts(model: Any, given: dict[str, Any]) -> dict[str, Any]:
         "server": given["server"],
         "tls": not given["plaintext"],
         "mutual_tls": bool(given["cert"]),
+        "token": bool(given["token"] or given["token_file"]),
         "attestation": str(connection.claims or "none asked for"),
         "server_version": offer.version,
         "model_at_server": offer.model_id,
@@ -139,6 +140,7 @@ def _same(a: Any, b: Any) -> bool:
 
 def _text(facts: dict[str, Any]) -> str:
     tls = "mutual TLS" if facts["mutual_tls"] else "TLS" if facts["tls"] else "PLAINTEXT"
+    tls += ", a token" if facts["token"] else ""
     lines = [
         f"server     {facts['server']} over {tls}, cutlayer {facts['server_version']}",
         f"model      {facts['model_at_server']}, {facts['layers_compared']} layers' weights held "

@@ -20,7 +20,7 @@ __all__ = ["Memory"]
 
 
 class Memory:
-    """The memory of one session's trunk."""
+    """The memory of one session's trunk. Any thread may ask; only the trunk's thread measures."""
 
     def __init__(self, trunk: TenantTrunk) -> None:
         self._trunk = trunk
@@ -42,15 +42,17 @@ class Memory:
         """Adapter, gradients and optimizer, as they are or will be from the first step on."""
         mine = list(self._trunk.parameters.values())
         weights = sum(p.nbytes for p in mine)
-        optimizer = sum(t.nbytes for t in self._trunk.optimizer_tensors().values())
+        try:
+            optimizer = sum(t.nbytes for t in self._trunk.optimizer_tensors().values())
+        except RuntimeError:  # the trunk's thread makes it at this moment
+            optimizer = 0
         return 2 * weights + (optimizer or 2 * weights)
 
     @property
     def graph_bytes(self) -> int:
         """What forwards keep for their backwards."""
         kept = self._trunk.kept
-        self._graphs = {number: size for number, size in self._graphs.items() if number in kept}
-        return sum(self._graphs.values())
+        return sum(size for number, size in list(self._graphs.items()) if number in kept)
 
     @property
     def cache_bytes(self) -> int:
@@ -108,7 +110,9 @@ class Memory:
             with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
                 yield
             self._known[kind] = sum(seen.values())
-        self._graphs[sequence] = self._known[kind]
+        kept = self._trunk.kept
+        graphs = {number: size for number, size in self._graphs.items() if number in kept}
+        self._graphs = {**graphs, sequence: self._known[kind]}
 
     def _weights(self) -> Iterable[Tensor]:
         model = self._trunk.model if self._trunk.peft is None else self._trunk.peft

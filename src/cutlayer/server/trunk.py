@@ -128,7 +128,7 @@ class TenantTrunk:
     @property
     def caches(self) -> list[DynamicCache]:
         """The KV caches."""
-        return [slot.cache for slot in self._caches.values()]
+        return [slot.cache for slot in list(self._caches.values())]
 
     @property
     def num_parameters(self) -> int:
