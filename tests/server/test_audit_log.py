@@ -47,7 +47,15 @@ def with_words(lines: list[str], number: int, old: str, new: str) -> list[str]:
     return [*lines[:number], lines[number].replace(old, new), *lines[number + 1 :]]
 
 
+def forged(lines: list[str], number: int) -> list[str]:
+    """Return the lines with one changed whose own hash was made to fit."""
+    line = json.loads(lines[number]) | {"tenant": "ward-b"}
+    line["hash"] = audit_log._hash_of(line)
+    return [*lines[:number], audit_log._canonical(line) + "\n", *lines[number + 1 :]]
+
+
 HANDS = {
+    "a changed line with a hash that fits": lambda lines: forged(lines, 5),
     "a changed number": lambda lines: with_words(lines, 4, '"step":4', '"step":5'),
     "a changed tenant in the last line": lambda lines: with_words(lines, 11, "ward-a", "ward-b"),
     "a changed time": lambda lines: with_words(lines, 0, '"time":"2', '"time":"1'),

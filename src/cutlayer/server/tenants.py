@@ -213,10 +213,10 @@ class Register:
         now_s = time.time()
         with self._journal.transaction() as rows:
             _known(rows, name)
-            # Of one that was revoked the old token must not come to life again.
+            # Of one that was revoked no old token comes to life again: `revoke` took it away.
             rows.execute(
                 "UPDATE tenants SET rotated_s = ?, revoked_s = NULL, token_hash = ?,"
-                " old_hash = CASE WHEN revoked_s IS NULL THEN token_hash END, old_until_s = ?"
+                " old_hash = token_hash, old_until_s = ?"
                 " WHERE name = ?",
                 (now_s, _hash(token), now_s + overlap_s if overlap_s > 0 else None, name),
             )
