@@ -93,11 +93,15 @@ def contestants(site: Site, folder: Path) -> tuple[dict[str, Contestant], dict[s
         light[name] = Contestant(_plain(run, optimizer, watched, own.over(ledger, "book")), own)
     top_only = site.run(train=("top",), defenses=[defense_of("no_backward")])
     few = torch.optim.AdamW(top_only.parameters, lr=1e-5)
+    # The published size of the inverter; the bottom, which learns against it, is trained too.
+    inverted = defense_of("adv_mi_bottom", vocabulary=len(embedding_VD), width=256)
+    pulled = site.run(train=("bottom", "trunk", "top"))
+    of_all = torch.optim.AdamW(pulled.parameters, lr=1e-5)
     heavy = {
         "no_backward": Contestant(_plain(top_only, few, [], None)),
         "loss_scalar": Contestant(_by_two_losses(run)),
         "two_server": Contestant(_on_two_servers(site)),
-        "adv_mi_bottom": Contestant(_against_an_inverter(run, optimizer, *embedding_VD.shape)),
+        "adv_mi_bottom": Contestant(_plain(pulled, of_all, [inverted], None)),
     }
     return light, heavy
 
@@ -175,50 +179,5 @@ def _by_two_losses(run: Run) -> Step:
         move_along(moved, seed, scale)
         released = float(defense.apply(difference_B))
         step_along(moved, seed, released, scale=scale, batch_size=len(ids_BT), lr=1e-6)
-
-    return step
-
-
-class _Inverter(nn.Module):
-    """A GRU that guesses tokens, of the published size."""
-
-    def __init__(self, vocabulary: int, width: int) -> None:
-        super().__init__()
-        self.gru = nn.GRU(width, 256, batch_first=True)
-        self.head = nn.Linear(256, vocabulary)
-
-    def forward(self, left_BTD: Tensor) -> Tensor:
-        """Return logits, (B, T, V)."""
-        return self.head(self.gru(left_BTD)[0])
-
-
-def _against_an_inverter(
-    run: Run, optimizer: torch.optim.Optimizer, vocabulary: int, width: int
-) -> Step:
-    """Return a step with an adapter behind the bottom, and five steps of an inverter."""
-    adapter = nn.Linear(width, width)
-    defense = defense_of("adv_mi_bottom", adapter=adapter, inverter=_Inverter(vocabulary, width))
-    of_adapter = torch.optim.AdamW(adapter.parameters(), lr=1e-5)
-    left: list[Tensor] = []
-
-    class Kept:
-        """The defense, which remembers what left last."""
-
-        def __getattr__(self, name: str) -> Any:
-            return getattr(defense, name)
-
-        def apply(self, tensor_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-            left[:] = [defense.apply(tensor_BTD, mask_BT)]
-            return left[0]
-
-    def step(ids_BT: Tensor) -> None:
-        run.defend([Kept()])
-        loss = run.client(input_ids=ids_BT, labels=ids_BT, use_cache=False).loss
-        defense.train_inverter(left[0], ids_BT, steps=5)
-        (loss + defense.penalty(left[0], ids_BT)).backward()
-        of_adapter.step()
-        of_adapter.zero_grad()
-        _update(run, optimizer)
-        run.defend([])
 
     return step

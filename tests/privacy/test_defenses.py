@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from cutlayer.errors import ConfigError
 from cutlayer.privacy.accountant import epsilon_of
+from cutlayer.privacy.adversarial import AdversarialBottom
 from cutlayer.privacy.defenses import DEFENSES, REFUSED, Chain, Defense, defense_of
-from cutlayer.privacy.embedding import AdversarialBottom, MetricDpEmbed, distance_quantiles
+from cutlayer.privacy.embedding import MetricDpEmbed, distance_quantiles
 from cutlayer.privacy.mechanisms import LdpSequence
 from cutlayer.privacy.noise import secure_normal, secure_uniform
 from cutlayer.privacy.profiles import PROFILES, profile_of
@@ -32,7 +33,7 @@ PARAMS: dict[str, dict[str, Any]] = {
     "gaussian": {"nsr": 0.5},
     "two_server": {},
     "no_backward": {},
-    "adv_mi_bottom": {"adapter": nn.Identity(), "inverter": nn.Linear(D, V), "sigma": 0.1},
+    "adv_mi_bottom": {"vocabulary": V, "nsr": 0.1},
 }
 TENSORS = [name for name in PARAMS if name not in ("no_backward", "loss_scalar", "two_server")]
 
@@ -288,27 +289,44 @@ def test_snapping_gives_rows_and_lets_gradients_pass():
     torch.testing.assert_close(near_BTD.grad, torch.ones_like(near_BTD))
 
 
-def test_adversarial_bottom_and_inverter_pull_against_each_other():
-    """The inverter learns the tokens from what left; the penalty moves the adapter against it."""
-    torch.manual_seed(0)
-    table_VD = drawn(V, D)
-    ids_BT = torch.randint(V, (16, T))
-    hook = AdversarialBottom(nn.Linear(D, D), nn.Linear(D, V), sigma=0.3, lr=0.05)
-    optimizer = torch.optim.SGD(hook.adapter.parameters(), lr=0.1)
-
-    began = hook.train_inverter(hook.apply(table_VD[ids_BT]), ids_BT, steps=1)
-    learnt = hook.train_inverter(hook.apply(table_VD[ids_BT]), ids_BT, steps=200)
-    kept = [p.detach().clone() for p in hook.inverter.parameters()]
+def test_an_adversarial_bottom_and_its_inverter_pull_against_each_other():
+    """The inverter learns the tokens from what leaves; the pull moves the bottom against it."""
+    table_VD, ids_BT = drawn(V, D), torch.arange(16 * T).reshape(16, T) % V
+    defense = AdversarialBottom(V, nsr=0.3, lr=0.02)
+    weight_DD = torch.eye(D).requires_grad_(True)
+    began = None
+    for _ in range(40):
+        defense.pulled(table_VD[ids_BT] @ weight_DD, ids_BT, None)
+        began = began or defense.loss
+    learnt = defense.loss
+    defense.steps = 1
+    optimizer = torch.optim.SGD([weight_DD], lr=5.0)
     for _ in range(20):
         optimizer.zero_grad()
-        penalty = hook.penalty(hook.apply(table_VD[ids_BT]), ids_BT)
-        penalty.backward()
+        (0 * defense.pulled(table_VD[ids_BT] @ weight_DD, ids_BT, None)).sum().backward()
         optimizer.step()
 
-    assert learnt < 0.5 < 2.0 < began
-    assert -penalty.item() > learnt + 0.5
-    assert all(torch.equal(a, b) for a, b in zip(kept, hook.inverter.parameters(), strict=True))
-    assert all(p.requires_grad for p in hook.inverter.parameters())
+    assert learnt < 0.5 * began
+    assert defense.loss > learnt + 0.5
+
+
+def test_the_pull_is_added_to_the_tasks_gradient():
+    """What leaves is not changed; the gradient gains what lowers the truth's log-probability."""
+    hidden_BTD, ids_BT = drawn(B, T, D).requires_grad_(True), torch.arange(B * T).reshape(B, T) % V
+    mask_BT = torch.ones_like(ids_BT)
+    mask_BT[0, 3:] = 0
+    found = []
+    for weight in (1.0, 3.0):
+        defense = AdversarialBottom(V, weight=weight, nsr=1e-6)
+        torch.manual_seed(0)
+        out_BTD = defense.pulled(hidden_BTD, ids_BT, mask_BT)
+        (gradient_BTD,) = torch.autograd.grad(out_BTD.sum(), hidden_BTD)
+        found.append(gradient_BTD - 1)
+        assert torch.equal(out_BTD, hidden_BTD)
+
+    assert found[0].abs().max() > 1e-4
+    assert not found[0][0, 3:].any()  # a GRU does not look ahead, so padding is not pulled
+    torch.testing.assert_close(found[1], 3 * found[0], rtol=1e-2, atol=1e-5)
 
 
 def test_loss_scalar_releases_one_clipped_noisy_sum():

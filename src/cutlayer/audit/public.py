@@ -11,10 +11,11 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel
 
@@ -96,6 +97,12 @@ class PublicModel:
         asked = {"dtype": torch.float32, "attn_implementation": "eager", **settings}
         ends = load_ends(checkpoint, skeleton, cut, seam, **asked)
         return cls(ends, seam, skeleton.anatomy, cut)
+
+    def take_adapter(self, config: LoraConfig, adapter: Mapping[str, Tensor]) -> None:
+        """Run with a client's adapter from now on, as one who has got hold of it can."""
+        wrapped = get_peft_model(self._ends, config)
+        set_peft_model_state_dict(wrapped, dict(adapter))
+        self._ends.eval().requires_grad_(False)
 
     @property
     def vocabulary(self) -> int:

@@ -88,7 +88,7 @@ def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         subject.public,
         subject.departures,
         tokens=args.tokens,
-        public_rows=_public_rows(args.public_text, subject.tokenizer, args.tokens),
+        public_rows=public_rows(args.public_text, subject.tokenizer, args.tokens),
         prior=_prior_of(facts["model"]) if args.prior == "model" else None,
         defend=noise.apply if noise is not None else None,
         sigma=_sigma_of(noise, subject.departures),
@@ -166,7 +166,7 @@ def _sigma_of(defense: Any, departures: Sequence[Any]) -> float:
     return received * strength / (1 + strength**2) ** 0.5
 
 
-def _public_rows(path: str | None, tokenizer: Any, tokens: int) -> list[tuple[Any, Any]]:
+def public_rows(path: str | None, tokenizer: Any, tokens: int) -> list[tuple[Any, Any]]:
     """Return public texts as (ids, ids)."""
     import torch
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from cutlayer.cli.config import Run
 from cutlayer.cli.dp import GUARANTEE_FILE
+from cutlayer.cli.reattack import REATTACK_FILE, adversary_of
 from cutlayer.errors import StorageError
 from cutlayer.privacy.profiles import profile_of
 
@@ -27,6 +28,8 @@ def write_card(folder: Path, settings: Run, trainer: Any, model: Any) -> None:
         split.pop(secret)
     if split["dp_sgd"] is None:
         (folder / GUARANTEE_FILE).unlink(missing_ok=True)  # of an earlier run in this folder
+    if adversary_of(model) is None:
+        (folder / REATTACK_FILE).unlink(missing_ok=True)
     traffic, sft, lora = model.connection.traffic, settings.sft, model.plan.config
     library = "\n".join(
         f"- {name} {version(name)}" for name in ("cutlayer", "transformers", "peft", "torch")
@@ -58,7 +61,7 @@ ran at a server, the others at the owner of the data.
 
 ## What the server could read
 {_attested(model)}
-{_verdict(settings)} The cut is {model.cut}.
+{_verdict(settings)} The cut is {model.cut}.{_reattacked(folder)}
 
 ## What a recipient of this adapter could learn
 
@@ -94,3 +97,20 @@ def _recipients(folder: Path) -> str:
         f"epsilon {found['epsilon_of_all_of_them']:.2f} at the same delta."
     )
     return f"{found['words']}{several if found['adapters_of_this_data'] > 1 else ''}"
+
+
+def _reattacked(folder: Path) -> str:
+    file = folder / REATTACK_FILE
+    if not file.is_file():
+        return ""
+    found = json.loads(file.read_text())
+    shares = "; ".join(
+        f"{name} the run: "
+        + ", ".join(f"{one['attack']} {one['trr']:.0%}" for one in found[name]["findings"])
+        for name in ("before", "after")
+    )
+    return (
+        f" Attacked anew once it was frozen, by one who has this adapter, the activations are "
+        f"**{found['after']['verdict']}** (tokens read {shares}). No formal guarantee, and nothing "
+        "is said of the gradients."
+    )

@@ -27,7 +27,7 @@ __all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
 # What `cli/privacy.py` makes defenses, a ledger and a transcript of.
 _NOT_FOR_CONNECT = (
     "privacy_profile", "privacy", "defenses", "ledger", "budget", "budget_raised_by", "transcript",
-    "dp_sgd",
+    "dp_sgd", "public_text",
 )  # fmt: skip
 
 
@@ -73,6 +73,8 @@ class SplitConfig:
     """Who decided on a budget above the one that the ledger holds."""
     dp_sgd: dict[str, Any] | None = None
     """Train by DP-SGD: target_epsilon, delta, clip, and total_epsilon of all adapters."""
+    public_text: str | None = None
+    """Text like one's own that is not one's own, for the attack that ends an adversarial run."""
     transcript: int = 0
     """How many sequences to record for the audit of the run."""
     gradient_checkpointing: bool = False

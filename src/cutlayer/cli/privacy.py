@@ -19,7 +19,7 @@ def defenses_of(run: Run) -> list[Any]:
         ConfigError: If a name or a parameter makes no sense, or a part is trained that the profile
             does not allow, or there is no policy for the evidence that it asks for.
     """
-    from cutlayer.privacy.defenses import DEFENSES, defense_of
+    from cutlayer.privacy.defenses import DEFENSES, settable_defense_of
     from cutlayer.privacy.profiles import profile_of
 
     split = run.split
@@ -35,8 +35,10 @@ def defenses_of(run: Run) -> list[Any]:
     made = []
     for params in asked:
         name = str(params.pop("name", ""))
+        if name == "adv_mi_bottom":
+            params.setdefault("vocabulary", _vocabulary_of(run))
         takes = inspect.signature(DEFENSES[name]).parameters if name in DEFENSES else {}
-        made.append(defense_of(name, **params, **{k: left[k] for k in takes if k in left}))
+        made.append(settable_defense_of(name, **params, **{k: left[k] for k in takes if k in left}))
         left = {k: v for k, v in left.items() if k not in takes}
     if left:
         raise ConfigError(
@@ -46,6 +48,14 @@ def defenses_of(run: Run) -> list[Any]:
     if split.transcript < 0:
         raise ConfigError(f"split_transcript = {split.transcript} must be 0 or more sequences")
     return made
+
+
+def _vocabulary_of(run: Run) -> int:
+    from cutlayer.split.loading import open_checkpoint
+
+    revision = None if run.model.model_revision == "main" else run.model.model_revision
+    config = open_checkpoint(run.model.model_name_or_path, revision=revision).config
+    return int(config.get_text_config().vocab_size)
 
 
 def parts_of(run: Run) -> list[str]:

@@ -11,6 +11,7 @@ from typing import Any
 from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.dp import refuse_what_does_not_fit, train_privately
 from cutlayer.cli.main import add_format, report, settle
+from cutlayer.cli.reattack import adversary_of, reattack, refuse_what_cannot_be_attacked
 from cutlayer.errors import ConfigError, NotFinite
 
 
@@ -31,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
     settings = read_run(args.config, args.overrides)
     if settings.split.dp_sgd is not None:
         refuse_what_does_not_fit(settings, resume=args.resume)
+    refuse_what_cannot_be_attacked(settings)
     trainer, model = make_trainer(settings, threads=args.threads)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
@@ -51,6 +53,9 @@ def run(args: argparse.Namespace) -> int:
                 f"the training loss is {result.training_loss}: nothing was saved; lower "
                 "learning_rate, or look at the data with 'cutlayer preview'"
             )
+        if adversary_of(model) is not None:
+            verdict = reattack(settings, trainer, model)["after"]["verdict"]
+            print(f"note: attacked anew, the bottom's activations are {verdict}", file=sys.stderr)
         trainer.save_model()
         from cutlayer.cli.card import write_card
 

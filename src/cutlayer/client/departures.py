@@ -18,6 +18,8 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cutlayer.errors import ConfigError
+from cutlayer.privacy.adversarial import AdversarialBottom
 from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
 from cutlayer.privacy.transcript import TranscriptWriter
@@ -48,11 +50,21 @@ class Departures:
 
         Raises:
             BudgetExhausted: If a release would cost more than what is left; nothing was sent.
+            ConfigError: If the defense learns from tokens and there are none.
         """
         defense = self._at("lower cut")
         if defense is None:
             return hidden_BTD
-        defended_BTD = defense.apply(hidden_BTD, entry.carried.get("attention_mask"))
+        mask_BT = entry.carried.get("attention_mask")
+        ids_BT = entry.truth.get("input_ids")
+        if isinstance(defense, AdversarialBottom) and hidden_BTD.requires_grad:
+            if ids_BT is None or ids_BT.shape != hidden_BTD.shape[:2]:
+                raise ConfigError(
+                    f"'{defense.name}' learns from the tokens and the model was called without "
+                    "them: call it with input_ids"
+                )
+            hidden_BTD = defense.pulled(hidden_BTD, ids_BT, mask_BT)
+        defended_BTD = defense.apply(hidden_BTD, mask_BT)
         self._book(defense, self._records_of(entry, len(hidden_BTD)), defended_BTD)
         return defended_BTD
 

@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from cutlayer.errors import ConfigError
-from cutlayer.privacy.embedding import AdversarialBottom, MetricDpEmbed
+from cutlayer.privacy.adversarial import AdversarialBottom
+from cutlayer.privacy.embedding import MetricDpEmbed
 from cutlayer.privacy.mechanisms import (
     SITES,
     Defense,
@@ -25,7 +26,7 @@ from cutlayer.privacy.release import Release
 from cutlayer.privacy.two_server import TwoServer
 from cutlayer.privacy.zeroth_order import LossScalar
 
-__all__ = ["DEFENSES", "REFUSED", "Chain", "Defense", "defense_of"]
+__all__ = ["DEFENSES", "REFUSED", "Chain", "Defense", "defense_of", "settable_defense_of"]
 
 DEFENSES: dict[str, Callable[..., Defense]] = {
     LdpSequence.name: LdpSequence,
@@ -79,6 +80,11 @@ REFUSED: dict[str, str] = {
 }
 """Name to the reason, which reads on after a colon."""
 
+_CALLS = {
+    "loss_scalar": "a server that moves its adapter along a public direction",
+    "two_server": "a second server that does not talk to the first",
+}
+
 _OTHER_NAMES = {
     "quantization": "quantisation",
     "int8": "quantisation",
@@ -125,6 +131,20 @@ def defense_of(name: str, **params: Any) -> Defense:
         return build(**params)
     except TypeError as error:
         raise ConfigError(f"'{name}': {_plain(error)}; it has {', '.join(known)}") from error
+
+
+def settable_defense_of(name: str, **params: Any) -> Defense:
+    """Return a defense that a run's file names.
+
+    Raises:
+        ConfigError: As `defense_of`, and if it needs a party that a run does not have.
+    """
+    if name in _CALLS:
+        raise ConfigError(
+            f"'{name}' is a Python call and no setting of a run: it needs {_CALLS[name]}; see "
+            "docs/privacy.md"
+        )
+    return defense_of(name, **params)
 
 
 def _plain(error: TypeError) -> str:

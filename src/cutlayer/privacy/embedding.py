@@ -1,4 +1,4 @@
-"""D2 and D6: what is done to embeddings, and to a bottom that learns to say less."""
+"""D2: what is done to embeddings."""
 
 # Shapes:  B sequences   T tokens   D model width   V vocabulary   N tokens in all
 
@@ -9,13 +9,13 @@ from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cutlayer.privacy.mechanisms import described, per_sequence, positive, raise_faults
 from cutlayer.privacy.noise import secure_normal, secure_uniform
 from cutlayer.privacy.release import Release
 
-__all__ = ["AdversarialBottom", "MetricDpEmbed", "distance_quantiles"]
+__all__ = ["MetricDpEmbed", "distance_quantiles"]
 
 _ROWS = 256  # tokens whose distances to the whole vocabulary are held at once
 
@@ -114,85 +114,3 @@ def distance_quantiles(
     rows_VD = embedding_VD.detach().cpu().double()
     distance_N = (rows_VD[one_N] - rows_VD[other_N]).norm(dim=-1)
     return {q: float(torch.quantile(distance_N, q)) for q in quantiles}
-
-
-class AdversarialBottom:
-    """D6: an adapter after the bottom, trained against an inverter that is trained against it.
-
-    The hook only: `apply` is what leaves, and the training loop adds `penalty` to its loss after a
-    few steps of `train_inverter`. It is measured, never promised: an adapter easily learns to fool
-    the inverter at hand while it tells a new one as much as before, or more. So attack it with an
-    inverter trained anew on the frozen adapter, and with forward search by one who has the adapter.
-
-    Args:
-        adapter: (B, T, D) to (B, T, D), on the client, trained with the task.
-        inverter: (B, T, D) to logits (B, T, V): guesses the tokens from what leaves.
-        weight: How much the penalty counts.
-        sigma: Standard deviation of noise on what leaves, so that the adapter cannot be undone.
-        lr: Learning rate of the inverter.
-
-    Raises:
-        ConfigError: If a parameter makes no sense.
-    """
-
-    name: ClassVar[str] = "adv_mi_bottom"
-    channel: ClassVar[str] = "activations"
-    site: ClassVar[str] = "lower cut"
-    formal: ClassVar[bool] = False
-
-    def __init__(
-        self,
-        adapter: nn.Module,
-        inverter: nn.Module,
-        *,
-        weight: float = 1.0,
-        sigma: float = 0.0,
-        lr: float = 1e-3,
-    ) -> None:
-        faults: list[str] = []
-        positive(faults, weight=weight, lr=lr, sigma=sigma or None)
-        raise_faults(self.name, faults)
-        self.adapter, self.inverter = adapter, inverter
-        self.weight, self.sigma = weight, sigma
-        self._optimizer = torch.optim.Adam(inverter.parameters(), lr=lr)
-
-    def describe(self) -> dict[str, Any]:
-        """Return its name and parameters."""
-        facts = {"name": self.name, "channel": self.channel, "site": self.site}
-        return {**facts, "formal": self.formal, "weight": self.weight, "sigma": self.sigma}
-
-    def releases(self, batch_size: int, records: Sequence[str] = ()) -> list[Release]:
-        """Return one release a sequence, none of them formal."""
-        release = Release(self.name, self.channel, "none", 0.0, self.sigma, 0.0, formal=False)
-        return per_sequence(release, batch_size, records)
-
-    def apply(self, tensor_BTD: Tensor, mask_BT: Tensor | None = None) -> Tensor:
-        """Return the adapter's output, with noise, (B, T, D)."""
-        said_BTD: Tensor = self.adapter(tensor_BTD)
-        noise_BTD = secure_normal(said_BTD.shape).to(said_BTD.device) * self.sigma
-        return said_BTD + noise_BTD.to(said_BTD.dtype)
-
-    def penalty(self, left_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-        """Return the weight times the mean log-probability that the inverter gives the truth."""
-        for parameter in self.inverter.parameters():
-            parameter.requires_grad_(False)
-        try:
-            loss = self._log_loss(left_BTD, ids_BT)
-        finally:
-            for parameter in self.inverter.parameters():
-                parameter.requires_grad_(True)
-        return -self.weight * loss
-
-    def train_inverter(self, left_BTD: Tensor, ids_BT: Tensor, *, steps: int = 5) -> float:
-        """Let the inverter learn from what left; return its last loss, in nats a token."""
-        loss = torch.zeros(())
-        for _ in range(steps):
-            self._optimizer.zero_grad()
-            loss = self._log_loss(left_BTD.detach(), ids_BT)
-            loss.backward()
-            self._optimizer.step()
-        return float(loss.detach())
-
-    def _log_loss(self, left_BTD: Tensor, ids_BT: Tensor) -> Tensor:
-        logits_BTV = self.inverter(left_BTD)
-        return nn.functional.cross_entropy(logits_BTV.flatten(0, 1), ids_BT.flatten())
