@@ -83,8 +83,9 @@ class Server:
         top_layers: int = 2,
         threads: int = 1,
         passive: bool = False,
+        **more: Any,
     ) -> None:
-        """Start it and wait until it listens."""
+        """Start it, with more flags of `cutlayer serve`, and wait until it listens."""
         flags = {
             "--model_name_or_path": workload.model,
             "--split_bottom_layers": bottom_layers,
@@ -94,6 +95,7 @@ class Server:
             "--host": "127.0.0.1",
             "--port": 0,
             "--threads": threads,
+            **{f"--{name}": value for name, value in more.items()},
         }
         words = [str(word) for pair in flags.items() for word in pair]
         self._process = subprocess.Popen(
