@@ -1,4 +1,4 @@
-"""An adversarial bottom is attacked anew once it is frozen; without that nothing is saved."""
+"""An adversarial bottom is attacked anew once it is frozen; else no finished adapter is saved."""
 
 from __future__ import annotations
 

@@ -7,7 +7,7 @@ LoRA is what learns, so the adapter that comes out is an ordinary one.
 
 It is measured and never promised. A bottom easily learns to fool the inverter at hand while it
 tells a new one as much as before, or more. So a run with it ends by an attack on the frozen bottom
-by those who know it (`cli/reattack.py`); without that nothing is saved.
+by those who know it (`cli/reattack.py`); without that no finished adapter is saved.
 
 References:
     Adversarial and mutual-information objectives for split models: Singh et al., 2021,
