@@ -177,6 +177,7 @@ class Sessions:
         Raises:
             Refused: If there is none; another tenant's is told the same way.
         """
+        self.get(tenant, identifier)  # a stranger's guess must not take the trunk's time
 
         def attach() -> tuple[Session, int, list[Reply]]:
             session = self._open.get(identifier)
