@@ -42,6 +42,8 @@ def test_a_run_leaves_its_events_with_sizes(folder_of: Any, certs: Path, tmp_pat
     assert events["opened"]["parameters"] * 4 == events["exported"]["size_bytes"] == trunk
     assert events["saved"]["size_bytes"] > 3 * trunk
     assert events["saved"]["step"] == events["closed"]["step"] == 1
+    assert (events["closed"]["steps"], events["closed"]["tokens"]) == (1, 44)
+    assert events["closed"]["received_bytes"] > 44 * 4
     assert (events["refused"]["code"], events["refused"]["tenant"]) == ("unauthorized", "")
     assert "127.0.0.1" in events["refused"]["peer"]
     assert "made-up" not in log.read_text()

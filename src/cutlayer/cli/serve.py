@@ -188,6 +188,8 @@ def _auth(args: argparse.Namespace) -> str:
             f"--auth {auth} needs TLS: without it everybody on the way could use the same token; "
             "leave out --plaintext"
         )
+    if auth == "none":
+        log.warning("everybody who reaches the port is let in, and all are one tenant: see --auth")
     return auth
 
 

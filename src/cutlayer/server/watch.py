@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections import Counter
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -19,6 +20,7 @@ __all__ = ["Watch", "tokens_in"]
 
 log = logging.getLogger(__name__)
 
+_LEAVES = ("closed", "parked")
 _PHASES = {"forward": "forward", "backward": "backward", "optim_step": "optim"}
 _REFUSALS_A_MINUTE = 30
 _MAX_REASON = 200
@@ -38,6 +40,7 @@ class Watch:
     def __init__(self, audit: AuditLog | None = None, metrics: Metrics | None = None) -> None:
         self.audit = audit
         self.metrics = metrics
+        self._work: dict[tuple[str, str], Counter[str]] = {}
         self._floods: dict[tuple[str, str], _Flood] = {}
         self._lock = threading.Lock()
 
@@ -51,11 +54,15 @@ class Watch:
             self.audit.write("opened", tenant=tenant, run=run, peer=peer, **sizes)
 
     def happened(self, event: str, tenant: str, run: str, **sizes: int) -> None:
-        """Tell that something happened which cannot be undone: closed, parked, resumed, saved."""
+        """Tell that something happened which cannot be undone: closed, parked, resumed, saved.
+
+        When a session leaves the memory, how much was trained since it came goes with it.
+        """
+        work = self._work.pop((tenant, run), Counter()) if event in _LEAVES else Counter()
         if self.audit is None:
             return
         try:
-            self.audit.write(event, tenant=tenant, run=run, **sizes)
+            self.audit.write(event, tenant=tenant, run=run, **{**work, **sizes})
         except StorageError as error:
             log.error("%s of tenant %s is not in the audit log: %s", event, tenant, error)
 
@@ -103,6 +110,11 @@ class Watch:
             self.refused(tenant, _told(reply.failure), run=run)
             return
         sent_bytes = sum(meta.nbytes for meta in reply.tensors)
+        work = self._work.setdefault((tenant, run), Counter())
+        work["steps"] += verb == "optim_step"
+        work["tokens"] += tokens_in(asked)
+        work["received_bytes"] += sum(meta.nbytes for meta in asked.tensors)
+        work["sent_bytes"] += sent_bytes
         if self.metrics is not None:
             self.metrics.answered(
                 tenant,
