@@ -30,7 +30,7 @@ def prepared(llama: Site, folder_of: Any, tmp_path: Path) -> Any:
             "split_key": None,
             "split_bottom_layers": 2,
             "split_dp_sgd": ASKED,
-            "gradient_accumulation_steps": 2,
+            "gradient_accumulation_steps": 4,
             "max_steps": 2,
             **settings,
         }
@@ -59,7 +59,7 @@ def test_a_run_trains_by_dp_sgd_and_says_what_it_promises(prepared: Any, tmp_pat
     assert printed["steps"] == 2
     promised = told(tmp_path / "adapter")["against_recipients_of_the_adapter"]
     assert 0 < promised["epsilon"] <= 6.0
-    assert (promised["steps"], promised["sample_rate"], promised["clip"]) == (2, 4 / 24, 0.1)
+    assert (promised["steps"], promised["sample_rate"], promised["clip"]) == (2, 8 / 24, 0.1)
     assert promised["formal"]
     card = (tmp_path / "adapter" / "README.md").read_text()
     assert "one row of train.jsonl" in card
