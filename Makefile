@@ -6,10 +6,13 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 export HF_HUB_OFFLINE := 1
 
-.PHONY: demo test check families fix test-lowest fuzz bench proto sbom pip-audit clean
+.PHONY: demo report test check families fix test-lowest fuzz bench proto sbom pip-audit clean
 
 demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real weights and real text
 	$(BIN)/python recipes/demo.py
+
+report: $(VENV)/.installed $(VENV)/.browser ## the report of a finished demo, for docs/report
+	$(BIN)/python recipes/report_of_demo.py
 
 test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)

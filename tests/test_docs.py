@@ -75,3 +75,15 @@ def test_every_promise_names_its_test():
 
     assert len(rows) > 15
     assert [row for row in rows if not NAMED.search(row.rpartition(" | ")[2])] == []
+
+
+def test_the_report_of_the_demo_is_whole_and_small():
+    """docs/report has it as one file that loads nothing, and as a picture of less than 400 kB."""
+    page = (ROOT / "docs/report/demo-report.html").read_text()
+    picture = (ROOT / "docs/report/demo-report.png").read_bytes()
+
+    assert "default-src 'none'" in page
+    assert "smollm2" in page
+    assert re.findall(r'(?:src|href)="(?!#|data:)[^"]*"', page) == []
+    assert picture.startswith(b"\x89PNG")
+    assert len(picture) < 400_000

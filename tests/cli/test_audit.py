@@ -72,11 +72,12 @@ def test_what_a_run_sent_is_audited(prepared: Any, tmp_path: Path):
     config = prepared(split_transcript=6, split_codec="bf16", max_steps=2, learning_rate=1e-4)
     assert main(["train", "--config", config]) == 0
 
-    audit = audited(tmp_path, "--run", str(tmp_path / "out"))
+    audit = audited(tmp_path, "--run", str(tmp_path / "out"), "--rows", "3,0-1")
 
+    assert [(one["row"], one["step"]) for one in audit["audited"]] == [(0, 0), (1, 0), (3, 1)]
     assert audit["run"]["source"] == "transcript"
     assert audit["run"]["codec"] == "bf16"
-    assert audit["run"]["sequences"] == 4
+    assert audit["run"]["sequences"] == 3
     found = {channel["channel"]: channel["findings"][0]["trr"] for channel in audit["channels"]}
     assert found["activations"] > 0.9
     assert found["gradients"] > 0.9
@@ -130,16 +131,18 @@ def test_the_report_draws_depth_codec_and_noise(prepared: Any, tmp_path: Path):
 
 def test_samples_are_picked_and_named_unless_redacted(prepared: Any, tmp_path: Path, capsys: Any):
     """`--rows` says which samples are attacked; audit.json names them, unless they are redacted."""
-    config = prepared(split_transcript=8, max_steps=3)
-    assert main(["train", "--config", config]) == 0
-    words = ["--rows", "5,1-2", *SHORT]
+    config = prepared()
+    words = ["--config", config, "--rows", "5,1-2", *SHORT]
 
-    sent = audited(tmp_path, "--run", str(tmp_path / "out"), *words)
-    redacted = audited(tmp_path, "--config", config, *words, "--redact")
+    named = audited(tmp_path, *words)
+    redacted = audited(tmp_path, *words, "--redact")
 
-    assert [(one["row"], one["step"]) for one in sent["audited"]] == [(1, 0), (2, 1), (5, 2)]
-    assert [found["run"]["sequences"] for found in (sent, redacted)] == [3, 3]
-    assert redacted["audited"] == "redacted"
+    assert [one["row"] for one in named["audited"]] == [1, 2, 5]
+    assert (
+        sum(one["tokens"] for one in named["audited"])
+        == (named["channels"][0]["findings"][0]["tokens"])
+    )
+    assert (redacted["audited"], redacted["run"]["sequences"]) == ("redacted", 3)
     for rows_asked, told in (("2-1", "smaller number"), ("x", "no list"), ("99", "row 99")):
         words = ["audit", "--config", config, "--rows", rows_asked]
         assert one_sentence(words, capsys, told) == 2

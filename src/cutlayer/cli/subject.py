@@ -272,8 +272,9 @@ def _weights_of(model: str, revision: str | None, public: Any) -> dict[str, Any]
 def _refuse_encoders(task: str) -> None:
     if task != "causal-lm":
         raise ConfigError(
-            f"'cutlayer audit' attacks language models and this run's task is {task}: call the "
-            "attacks of cutlayer.audit on its tensors"
+            f"'cutlayer audit' attacks language models and this run's task is {task}: take its "
+            "activations for readable, and call class_label_leak of cutlayer.audit.class_labels "
+            "and the learned inverter on its tensors"
         )
 
 
