@@ -9,6 +9,7 @@ from typing import Any
 import grpc
 import pytest
 
+from cutlayer.cli.config import connect_settings, read_run
 from cutlayer.cli.main import main
 from cutlayer.client.address import Address
 from cutlayer.errors import ConfigError, Unauthorized
@@ -16,6 +17,7 @@ from cutlayer.server import tenants
 from cutlayer.server.database import Journal
 from cutlayer.server.tenants import Register
 from cutlayer.wire import cutlayer_pb2 as pb
+from tests.cli.test_by_hand import write_run
 from tests.site import Loop, Site, batch_of, site_of
 
 
@@ -258,6 +260,20 @@ def test_a_token_is_never_sent_in_plaintext(guarded: Site):
     """A token together with `split_plaintext` is refused before a byte is sent."""
     with pytest.raises(ConfigError, match="over TLS only"):
         guarded.connect(token="cutlayer_x", plaintext=True)
+
+
+def test_a_token_comes_from_a_file_or_the_environment_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """`CUTLAYER_TOKEN` and `split_token_file` reach the client; no key or flag holds a token."""
+    path = write_run(tmp_path, tmp_path, 7443, split_token_file="token")
+    assert connect_settings(read_run(path, {}))["token_file"] == "token"
+    monkeypatch.setenv("CUTLAYER_TOKEN", "cutlayer_x")
+
+    assert connect_settings(read_run(path, {}))["token"] == "cutlayer_x"
+    with pytest.raises(ConfigError, match="split_token is unknown"):
+        read_run(path, {"split_token": "cutlayer_x"})
+    assert "cutlayer_x" not in repr(Address.of("h:1", token="cutlayer_x"))
 
 
 @pytest.mark.parametrize("secret", ["key", "token_file"])

@@ -154,6 +154,9 @@ class Gate:
         while not self._stopped.wait(LOOK_EVERY_S):
             with self._lock:
                 guests = list(self._guests.values())
+            if guests:
+                with contextlib.suppress(StorageError):  # told below, of each guest
+                    self.register.look(at_once=True)
             for guest in guests:
                 try:
                     self._admit(guest.certified, guest.token)

@@ -26,7 +26,7 @@ __all__ = ["LOOK_EVERY_S", "TOKEN_PREFIX", "Register", "Tenant"]
 
 log = logging.getLogger(__name__)
 
-LOOK_EVERY_S = 0.3
+LOOK_EVERY_S = 0.2
 """How old the server's knowledge of the register may be: a revoked token must stop within 1 s."""
 
 TOKEN_PREFIX = "cutlayer_"  # noqa: S105  # lets scanners for leaked secrets know one
