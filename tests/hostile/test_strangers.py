@@ -18,7 +18,7 @@ import pytest
 from cutlayer.server.access import Limits
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, frames_of
-from tests.site import Loop, Site, adapter_of, batch_of, equal, site_of
+from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, site_of
 
 EXCHANGE = "/cutlayer.v1.Trunk/Exchange"
 
@@ -94,13 +94,15 @@ def test_a_crowd_of_connections_does_not_keep_tenants_out(llama: Site, site: Sit
 
 
 @pytest.mark.slow
-def test_ten_thousand_connections(llama: Site, site: Site):
-    """The same beside ten thousand silent ones."""
+def test_ten_thousand_connections(llama: Site, certs: Path, tmp_path: Path):
+    """The same beside ten thousand silent ones, at a server of its own process."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (min(hard, 50_000), hard))
+    resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
     try:
-        with crowd(site, 10_000, CROWDS["silent"]):
-            assert equal(trained(llama), trained(site))
+        with ServerProcess(llama.folder, certs, tmp_path) as server:
+            site = Site(llama.folder, certs, server)
+            with crowd(site, 10_000, CROWDS["silent"]):
+                assert equal(trained(llama), trained(site))
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 

@@ -2,24 +2,28 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
+from benchmarks.proxy import Proxy
 from cutlayer.cli.main import main
 from cutlayer.client.savepoints import RECORD, newest_checkpoint
 from cutlayer.errors import StorageError
 from tests.cli.test_by_hand import saved_tiny, write_rows, write_run
 from tests.equivalence.test_trl import stop_after, trainer_of
-from tests.site import ServerProcess, Site, adapter_of, equal
+from tests.site import ServerProcess, Site, adapter_of, equal, site_of
 from tests.tokens import dataset
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
@@ -68,6 +72,61 @@ def test_a_half_written_checkpoint_does_not_count(llama: Site, tmp_path: Path):
         trainer = trainer_of(split, tmp_path / "torn", **SAVING)
         trainer.train(resume_from_checkpoint=True)
         assert equal(calm, adapter_of(split))
+
+
+def test_a_resumed_run_outlives_the_checkpoint_it_began_from(
+    llama: Site, certs: Path, tmp_path: Path
+):
+    """When the server is lost after that checkpoint was dropped, nothing is missing."""
+    saving = {**SAVING, "save_total_limit": 1}
+    with llama.connect(run="calm-limited") as split:
+        trainer_of(split, tmp_path / "calm", **saving).train()
+        calm = adapter_of(split)
+    with lost_and_found(llama, certs, tmp_path / "state") as (address, lose):
+        with llama.connect(server=address, run="rough") as split:
+            trainer = trainer_of(split, tmp_path / "rough", **saving)
+            stop_after(trainer, 2)
+            trainer.train()
+        with llama.connect(server=address, run="rough", lease_s=30.0) as split:
+            trainer = trainer_of(split, tmp_path / "rough", **saving)
+            trainer.add_callback(At(7, lose))
+            trainer.train(resume_from_checkpoint=True)
+            rough = adapter_of(split)
+
+    assert equal(calm, rough)
+
+
+class At(TrainerCallback):
+    """Do something at the end of one step."""
+
+    def __init__(self, step: int, do: Callable[[], None]) -> None:
+        self.step, self.do = step, do
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Do it at that step."""
+        if state.global_step == self.step:
+            self.do()
+
+
+@contextlib.contextmanager
+def lost_and_found(
+    llama: Site, certs: Path, state: Path
+) -> Iterator[tuple[str, Callable[[], None]]]:
+    """A server behind an address, and how to lose its memory and have another in its place."""
+    sites = [site_of(llama.folder, certs, state)]
+    proxy = Proxy(sites[0].server.port)
+
+    def lose() -> None:
+        old: Any = sites[-1].server
+        old.grpc_server.stop(0).wait()
+        old.sessions._stopping.set()
+        sites.append(site_of(llama.folder, certs, state))
+        proxy.target = sites[-1].server.port
+        proxy.cut()
+
+    yield f"127.0.0.1:{proxy.port}", lose
+    proxy.close()
+    sites[-1].server.stop(0)
 
 
 @pytest.mark.parametrize("where", ["server", "client"])

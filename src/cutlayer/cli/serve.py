@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import logging
+import resource
 import signal
 import threading
 from collections.abc import Callable
@@ -80,6 +82,7 @@ def run(args: argparse.Namespace) -> int:
 
     begin_log(args.log_format)
     settle(args.threads)
+    _allow_many_connections()
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
     attest = _attester(args)
@@ -207,3 +210,10 @@ def _tls_files(args: argparse.Namespace, auth: str) -> tuple[Path, Path, Path | 
     if by_certificate and not ca:
         raise ConfigError(f"--auth {auth} needs an authority: give --certs or --tls_client_ca")
     return Path(cert), Path(key), Path(ca) if ca else None
+
+
+def _allow_many_connections() -> None:
+    """Use all the file descriptors that we may, so that idle strangers do not keep tenants out."""
+    _soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):  # where 'no limit' is more than can be set
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))

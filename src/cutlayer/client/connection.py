@@ -245,14 +245,15 @@ class Connection:
         with self._send_lock:
             self._received = max(self._received, head.sequence)
             pending = self._waiting.pop(head.sequence, None)
-            self._log.answered(head.sequence)
+            self._log.answered(head.sequence, refused=verb == "failure")
             self._log.durable(head.done.durable)
         if verb == "failure":
             error = BY_CODE.get(head.failure.code, Refused)(head.failure.message)
+            if pending is None or pending.unattended:
+                # Nobody waits for this one (or it was done before and now cannot be done again):
+                # the run must hear of it at its next request.
+                self._fail(error)
             if pending is not None:
-                if pending.unattended:
-                    # Nobody waits for this one: the run must hear of it at its next request.
-                    self._fail(error)
                 pending.future.set_exception(error)
             return None
         self.traffic.trunk_s += head.done.compute_s

@@ -89,12 +89,12 @@ class ReplayLog:
         entry.segment, entry.offset = segment, segment.size
         segment.size += entry.nbytes
 
-    def answered(self, sequence: int) -> None:
-        """Say that a reply has come."""
+    def answered(self, sequence: int, *, refused: bool = False) -> None:
+        """Say that a reply has come; what was refused has changed nothing."""
         entry = self._entries.get(sequence)
         if entry is not None:
             entry.answered = True
-            if not _leaves_a_trace(entry.head):
+            if refused or not _leaves_a_trace(entry.head):
                 self._drop(sequence)
 
     def durable(self, sequence: int) -> None:

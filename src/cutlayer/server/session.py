@@ -62,7 +62,8 @@ class Session:
     limits: Limits
     keeps_adapter: bool
     width: int
-    write_mark: Callable[[Session, State], None]
+    mark_aside: Callable[[Session, State], None]
+    mark_now: Callable[[Session, State], None]
     desk: Desk
     last_sequence: int = 0
     durable: int = 0
@@ -285,11 +286,14 @@ class Session:
 
     def _do_load_state(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         self.take_up(head.load_state.step, head.load_state.run)
+        if self.is_between_steps():
+            # This request cannot be done again: what it reads may have been dropped by then.
+            self.mark_now(self, self.state())
         return {}
 
     def _do_mark(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.is_between_steps():
-            self.write_mark(self, self.state())
+            self.mark_aside(self, self.state())
         return {}
 
     def _do_retain(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:

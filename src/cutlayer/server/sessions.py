@@ -156,7 +156,8 @@ class Sessions:
             limits=self.limits,
             keeps_adapter=self.keeps_adapter,
             width=self.trunk.model.config.get_text_config().hidden_size,
-            write_mark=self._mark_aside,
+            mark_aside=self._mark_aside,
+            mark_now=self._write_mark,
             desk=self.desk,
         )
 
