@@ -36,7 +36,6 @@ bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark
 	for each in benchmarks/*/run.py; do $(BIN)/python $$each --quick || exit 1; done
 
 fuzz: $(VENV)/.installed ## a million streams of a stranger against the frame decoder
-	$(PIP) --group fuzz
 	$(BIN)/python benchmarks/fuzz/run.py $(ARGS)
 
 test-lowest: .data/.prepared ## the lower ends of pyproject's ranges, where the registry has them

@@ -14,7 +14,10 @@ from typing import Any
 
 import grpc
 import pytest
+import torch
 
+from cutlayer.client.remote_trunk import Question
+from cutlayer.errors import Refused
 from cutlayer.server.access import Limits
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, frames_of
@@ -178,3 +181,20 @@ def test_tls_of_an_old_version_is_refused(site: Site):
     context.maximum_version = ssl.TLSVersion.TLSv1_1
     with socket.create_connection((host, int(port)), timeout=5) as raw, pytest.raises(ssl.SSLError):
         context.wrap_socket(raw, server_hostname=host)
+
+
+def test_a_batch_beyond_the_memory_ends_that_request_alone(
+    folder_of: Any, certs: Path, tmp_path: Path
+):
+    """Out of memory is told in one sentence; this session and others go on."""
+    served = site_of(folder_of("llama"), certs, tmp_path, attn_implementation="eager")
+    tokens = 400_000  # attention over them would take terabytes
+    eager = {"attn_implementation": "eager"}
+    with served.connect(seed=3, **eager) as split, served.connect(**eager) as other:
+        huge = torch.zeros(1, tokens, split.config.hidden_size)
+        with pytest.raises(Refused, match="has not the memory for this batch"):
+            split.connection.forward(huge, Question())[1].wait()
+        loop, beside = Loop.over(split), Loop.over(other)
+        loop.step(batch_of(0))
+        beside.step(batch_of(1))
+    served.server.stop(0)

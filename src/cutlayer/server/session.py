@@ -111,11 +111,7 @@ class Session:
             return self._remember(head, [])
         except Exception as error:  # a model's own forward may raise anything
             log.exception("session of tenant %s: request failed", self.tenant)
-            head.failure.code = CutlayerError.code
-            head.failure.message = (
-                f"the trunk failed on this request ({type(error).__name__}): the server's log has "
-                "the cause"
-            )
+            head.failure.code, head.failure.message = _told_of(error)
             return self._remember(head, [])
         head.done.compute_s = time.monotonic() - started_s
         head.done.queue_s = started_s - arrived_s
@@ -353,3 +349,16 @@ class Session:
         if groups:
             self.trunk.restore_optimizer(self.settings["optimizer"], groups, state.optimizer)
         self.trunk.step = state.step
+
+
+def _told_of(error: Exception) -> tuple[str, str]:
+    """Return code and words for an error of the model's own."""
+    # torch tells of a lack of memory on a CPU with a RuntimeError like any other.
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
+        return Refused.code, (
+            "the server has not the memory for this batch, and nothing of it was computed: send "
+            "smaller batches or more chunks"
+        )
+    return CutlayerError.code, (
+        f"the trunk failed on this request ({type(error).__name__}): the server's log has the cause"
+    )

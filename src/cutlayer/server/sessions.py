@@ -40,6 +40,8 @@ __all__ = ["Sessions"]
 
 log = logging.getLogger(__name__)
 
+_DRAIN_S = 20.0
+
 
 class Sessions:
     """All the sessions of a server, and the one thread that computes for them."""
@@ -335,11 +337,14 @@ class Sessions:
         return self._thread.submit(work, tenant)
 
     def stop(self) -> None:
-        """Finish what was handed in, mark where each session stands, and stop."""
+        """Finish what was handed in, mark where each session stands, and stop.
+
+        What is not finished within the deadline is sent again by its client, to the next server.
+        """
         self._stopping.set()
         for session in list(self._open.values()):
             self.on_trunk(partial(self._park, session), session.tenant)
-        self._thread.stop()
+        self._thread.stop(_DRAIN_S)
         self._marks.shutdown()
         self._journal.close()
 

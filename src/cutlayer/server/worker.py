@@ -71,12 +71,12 @@ class TrunkThread:
         with self._changed:
             return sum(map(len, self._waiting.values()))
 
-    def stop(self) -> None:
-        """Finish what was handed in, and stop."""
+    def stop(self, deadline_s: float | None = None) -> None:
+        """Finish what was handed in, for so many seconds at most, and stop."""
         with self._changed:
             self._stopped = True
             self._changed.notify()
-        self._thread.join()
+        self._thread.join(deadline_s)
 
     def _next(self, timeout_s: float | None) -> tuple[str, _Work] | None:
         """Return what is to be done now, `None` if nothing came in time."""
