@@ -11,7 +11,6 @@ import argparse
 import shutil
 import subprocess
 import sys
-import tempfile
 from pathlib import Path
 
 WIDTH, HEIGHT = 960, 1600  # of the picture: the verdicts, the checks and the first sample
@@ -22,17 +21,18 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--run", type=Path, default=Path("out/demo/run"), help="the demo's run")
     parser.add_argument("--output", type=Path, default=Path("docs/report"))
+    parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     if not (args.run / "transcript").is_dir():
         sys.exit(f"'{args.run}' has no transcript: run 'make demo' first")
     browser = shutil.which("chromium") or sys.exit("chromium is missing: install it")
     args.output.mkdir(parents=True, exist_ok=True)
     page = args.output / "demo-report.html"
-    with tempfile.TemporaryDirectory() as folder:
-        words = ["audit", "--run", str(args.run), "--output", folder, "--samples", "8"]
-        words += ["--tokens", "12", "--threads", "2"]
-        subprocess.run([sys.executable, "-m", "cutlayer.cli.main", *words], check=True)
-        page.write_bytes((Path(folder) / "audit.html").read_bytes())
+    folder = args.run.parent / "report"  # one that was interrupted goes on there
+    words = ["audit", "--run", str(args.run), "--output", str(folder), "--samples", "8"]
+    words += ["--tokens", "12", "--threads", str(args.threads)]
+    subprocess.run([sys.executable, "-m", "cutlayer.cli.main", *words], check=True)
+    page.write_bytes((folder / "audit.html").read_bytes())
     photograph(browser, page, page.with_suffix(".png"))
     return 0
 
