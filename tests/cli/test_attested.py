@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import select
 import socket
 import ssl
 import threading
@@ -61,20 +62,30 @@ class Relay:
                     context.set_alpn_protocols(["h2"])
                 server = theirs.wrap_socket(server)
                 client = ours.wrap_socket(client, server_side=True)
-            threading.Thread(target=self._pump, args=(server, client), daemon=True).start()
-            self._pump(client, server, self.seen)
+            self._pass_on(client, server)
 
-    def _pump(
-        self, source: socket.socket, to: socket.socket, keep: bytearray | None = None
-    ) -> None:
-        with contextlib.suppress(OSError):
-            while data := source.recv(65536):
-                if keep is not None:
-                    keep += data
-                to.sendall(data)
-        for end in (source, to):
-            with contextlib.suppress(OSError):
-                end.shutdown(socket.SHUT_RDWR)
+    def _pass_on(self, client: socket.socket, server: socket.socket) -> None:
+        # By one thread: a TLS socket is not made for one that reads while another one writes.
+        other = {client: server, server: client}
+        try:
+            while True:
+                buffered = [s for s in other if isinstance(s, ssl.SSLSocket) and s.pending()]
+                for source in buffered or select.select([*other], [], [], 30)[0]:
+                    source.settimeout(0.02)
+                    try:
+                        data = source.recv(65536)
+                    except TimeoutError:  # a record without data, such as a session ticket
+                        continue
+                    if not data:
+                        return
+                    if source is client:
+                        self.seen += data
+                    other[source].settimeout(10)
+                    other[source].sendall(data)
+        finally:
+            for end in other:
+                with contextlib.suppress(OSError):
+                    end.shutdown(socket.SHUT_RDWR)
 
 
 @dataclass

@@ -361,7 +361,7 @@ def test_a_seeded_run_promises_nothing(plain: Any):
         ({"noise_multiplier": None, "epsilon": None}, "give noise_multiplier, or epsilon"),
         ({"noise_multiplier": 1.0, "epsilon": 0.5, "epochs": 1}, r"spends epsilon 2\.\d+ over 6"),
         ({"epsilon": 8.0, "epochs": 2, "steps_done": 3}, "keeps the noise of its first steps"),
-        ({"epsilon": 8.0}, "give epochs"),
+        ({"epsilon": 8.0}, "number of epochs or steps: give one"),
         ({"epsilon": -1.0, "epochs": 1}, "epsilon=-1.0"),
         ({"micro_batch": 0}, "micro_batch=0"),
     ],
