@@ -117,20 +117,20 @@ def work_together(tenants: Sequence[Tenant], seconds: float, steps: dict[int, in
     """Let tenants work at the same time; count what was finished in between."""
     until_s = time.monotonic() + seconds
     before = [(t.done_tokens, t.connection.traffic.trunk_s, len(t.waits_s)) for t in tenants]
-    busy: list[float] = [0.0] * len(tenants)
 
     def work(index: int) -> None:
         tenant = tenants[index]
         while time.monotonic() < until_s:
             steps[id(tenant)] = steps.get(id(tenant), 0) + 1
             tenant.step(steps[id(tenant)])
-            if time.monotonic() < until_s:
-                busy[index] = tenant.connection.traffic.trunk_s - before[index][1]
 
     started_s = time.monotonic()
     threads = [threading.Thread(target=work, args=(i,)) for i in range(len(tenants))]
     for thread in threads:
         thread.start()
+    time.sleep(max(until_s - time.monotonic(), 0.0))
+    # While all are still busy, in whatever step.
+    busy = [t.connection.traffic.trunk_s - b[1] for t, b in zip(tenants, before, strict=True)]
     for thread in threads:
         thread.join()
     took_s = time.monotonic() - started_s
@@ -198,10 +198,11 @@ def main() -> None:
     """Measure a real trunk and a tiny one."""
     parser = parser_of(__doc__)
     parser.add_argument("--seconds", type=float, default=10.0, help="of one window")
+    parser.add_argument("--counts", type=int, nargs="+", default=[1, 2, 4, 8, 16, 32])
     args = parser.parse_args()
     quick = args.quick
     torch.set_num_threads(1)
-    counts = (1, 2, 4) if quick else (1, 2, 4, 8, 16, 32)
+    counts = [1, 2, 4] if quick else args.counts
     seconds = 1.0 if quick else args.seconds
     with scratch() as folder:
         certs = make_certificates(folder / "certs")
