@@ -68,9 +68,9 @@ class Stopwatch:
         def until_the_wait() -> None:
             self.until({"forward": "top", "backward": "bottom"}.get(self._arrived, "top"))
 
-        def timed_wait_any(answers: Any) -> None:
+        def timed_wait_any(pendings: Any) -> None:
             until_the_wait()
-            wait_any(answers)
+            wait_any(pendings)
             self.until("waiting")
 
         def timed_await(pending: Any) -> Any:

@@ -193,7 +193,7 @@ def test_a_batch_beyond_the_memory_ends_that_request_alone(
     with served.connect(seed=3, **eager) as split, served.connect(**eager) as other:
         huge = torch.zeros(1, tokens, split.config.hidden_size)
         with pytest.raises(Refused, match="has not the memory for this batch"):
-            split.connection.forward(huge, Question())[1].wait()
+            split.remote_trunk.link.forward(huge, Question())[1].wait()
         loop, beside = Loop.over(split), Loop.over(other)
         loop.step(batch_of(0))
         beside.step(batch_of(1))

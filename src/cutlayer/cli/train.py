@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
             result = train_privately(settings, trainer, model)
         else:
             result = trainer.train(resume_from_checkpoint=True if args.resume else None)
-        if interrupt.came:
+        if interrupt.came and trainer.state.global_step < trainer.state.max_steps:
             return _stopped(args, trainer)
         if not math.isfinite(result.training_loss):
             raise NotFinite(

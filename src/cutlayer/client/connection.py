@@ -20,13 +20,12 @@ from cutlayer.client.address import Address
 from cutlayer.client.attested import open_channel
 from cutlayer.client.calls import SERVICE, ask
 from cutlayer.client.diagnosis import explained
-from cutlayer.client.remote_trunk import Question
 from cutlayer.client.replay_log import ReplayLog
-from cutlayer.client.replies import Named, Pending, Traffic
+from cutlayer.client.replies import Pending, Traffic
 from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
-from cutlayer.wire.tensors import attach_tensors, dtype_name, read_tensors
+from cutlayer.wire.tensors import attach_tensors, read_tensors
 
 __all__ = ["Connection"]
 
@@ -73,14 +72,13 @@ class Connection:
         self._connect_timeout_s = connect_timeout_s
         self._idle_timeout_s = idle_timeout_s
         self._lease_s = lease_s
-        self._codec = "raw"
         self._outgoing: queue.SimpleQueue[Iterable[bytes] | None] | None = None
         self._waiting: dict[int, Pending] = {}
         self._log = ReplayLog()
         self._farewells: deque[pb.Head] = deque()
         self._sequence = self._follows = self._received = 0
         self._gradient_changes = 0
-        self._marked_s, self._bytes_at_mark = time.monotonic(), 0
+        self._marked = (time.monotonic(), 0)  # when a mark was asked for, and at how many bytes
         self._was_attached = False
         self._closing, self._wanted = threading.Event(), threading.Event()
         self._send_lock = threading.Lock()
@@ -104,7 +102,7 @@ class Connection:
         reply: pb.OpenSessionReply = self._ask(
             "OpenSession", asked, pb.OpenSessionReply, **self._patiently
         )
-        self.session, self.run, self._codec = reply.session, asked.run, asked.codec
+        self.session, self.run = reply.session, asked.run
         self.parameters = {p.name: tuple(p.shape) for p in reply.parameters}
         threading.Thread(target=self._keep_up, name="cutlayer-link", daemon=True).start()
         return reply
@@ -145,7 +143,9 @@ class Connection:
                 return None
             if self._was_attached:
                 attempt, lost_s, self._was_attached = 0, time.monotonic(), False
-                if not self._log.waits():
+                with self._send_lock:
+                    is_idle = not self._log.waits()
+                if is_idle:
                     # Parked, or the server went away while nothing was asked: come again when
                     # something is.
                     self._wanted.wait()
@@ -242,6 +242,7 @@ class Connection:
             return None
         if verb == "failure" and not head.sequence:
             raise BY_CODE.get(head.failure.code, Refused)(head.failure.message)
+        tensors = read_tensors(message) if verb == "done" else {}  # before its waiter is let go
         with self._send_lock:
             self._received = max(self._received, head.sequence)
             pending = self._waiting.pop(head.sequence, None)
@@ -259,21 +260,22 @@ class Connection:
         self.traffic.trunk_s += head.done.compute_s
         self.traffic.queued_s += head.done.queue_s
         if pending is not None:
-            pending.future.set_result(read_tensors(message))
+            pending.future.set_result(tensors)
         return None
 
     def _fail(self, error: CutlayerError) -> None:
-        self._failure = self._failure or error
-        for pending in list(self._waiting.values()):
-            if not pending.future.done():
+        with self._send_lock:  # else a request that is being put would wait for ever
+            self._failure = self._failure or error
+            for pending in self._waiting.values():
                 pending.future.set_exception(self._failure)
-        self._waiting.clear()
+            self._waiting.clear()
 
     def request(
         self,
         head: pb.Head,
         tensors: Mapping[str, Tensor] | None = None,
         *,
+        codecs: Mapping[str, str] | None = None,
         unattended: bool = False,
     ) -> Pending:
         """Send a request and return its reply to come.
@@ -281,13 +283,10 @@ class Connection:
         Args:
             head: The request, its sequence number not yet set.
             tensors: Its tensors, which are copied before this returns.
+            codecs: How they are written, by name; `raw` where none is named.
             unattended: Nobody will wait for the reply; a failure fails the session.
         """
-        tensors = tensors or {}
-        codecs = {
-            name: self._codec if name in ("smashed", "gradient") else "int32" for name in tensors
-        }
-        parts = attach_tensors(head, tensors, codecs=codecs)
+        parts = attach_tensors(head, tensors or {}, codecs=codecs)
         with self._send_lock:
             if self._failure is not None:
                 raise self._failure
@@ -310,9 +309,10 @@ class Connection:
 
     def mark_if_due(self) -> None:
         """Ask for a mark once there is much to be sent again should the server be lost."""
-        due_s = self._marked_s + _MARK_AFTER_S
-        if self._log.nbytes > _MARK_AFTER_BYTES + self._bytes_at_mark or time.monotonic() > due_s:
-            self._marked_s, self._bytes_at_mark = time.monotonic(), self._log.nbytes
+        since_s, since_bytes = self._marked
+        now_s, added_bytes = time.monotonic(), self._log.added_bytes
+        if added_bytes - since_bytes > _MARK_AFTER_BYTES or now_s - since_s > _MARK_AFTER_S:
+            self._marked = now_s, added_bytes
             self.request(pb.Head(mark=pb.Mark()), unattended=True)
 
     def await_reply(self, pending: Pending) -> dict[str, Tensor]:
@@ -334,66 +334,14 @@ class Connection:
                     self._call.cancel()
         self.traffic.waited_s += time.monotonic() - started_s
 
-    # ------------------------------------------------------------------ what a Link does
-
-    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named]:
-        """Send activations; return the request's number and the trunk's output to come."""
-        head = pb.Head(
-            forward=pb.Forward(
-                training=question.training,
-                keep_graph=question.keep_graph,
-                wants_gradient=question.wants_gradient,
-                seed=question.seed,
-                autocast=dtype_name(question.autocast) if question.autocast else "",
-                adapter_disabled=question.adapter_disabled,
-                cache=question.cache,
-                past_tokens=question.past_tokens,
-                cache_rows=question.cache_rows,
-            )
-        )
-        pending = self.request(head, {"smashed": smashed_BTD, **question.carried})
-        return pending.sequence, Named(pending, "trunk_out")
-
-    def backward(
-        self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
-    ) -> Named:
-        """Send the gradient of a forward's output; return the activations' gradient to come."""
-        asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
-        head = pb.Head(backward=asked)
-        return Named(self.request(head, {"gradient": grad_BTD}), "gradient")
-
-    def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
-        """Have the held gradients, times a factor, added to the accumulated ones.
-
-        The norms that came with the last backward under `hold` are true of this commit if it is
-        by factor 1 and nothing has touched the gradients since; else it is waited for.
-        """
-        known = factor == 1.0 and norms_are_of == self.gradient_changes()
-        head = pb.Head(commit=pb.Commit(hold=hold, factor=factor))
-        pending = self.request(head, unattended=known)
-        if not known:
-            self.norms = pending.wait()["norms"]
-
-    def release(self, hold: int) -> None:
-        """Say that held gradients will not be committed."""
-        self._tell(pb.Head(release=pb.Release(hold=hold)))
+    def tell(self, head: pb.Head) -> None:
+        """Have a word go before the next request; takes no lock, so that a finalizer may call."""
+        self._farewells.append(head)
 
     def gradient_changes(self) -> int:
         """Count the requests so far that change the trunk's gradients."""
         return self._gradient_changes
 
-    def wait_any(self, answers: Sequence[Any]) -> None:
-        """Wait until one of these has arrived, for as long as bytes move."""
-        self._wait_while_bytes_move([answer.pending.future for answer in answers])
-
-    def discard(self, forward: int) -> None:
-        """Say that a forward will have no backward."""
-        self._tell(pb.Head(discard=pb.Discard(forward_sequence=forward)))
-
-    def drop_cache(self, cache: int) -> None:
-        """Say that a KV cache is not needed any more."""
-        self._tell(pb.Head(drop_cache=pb.DropCache(cache=cache)))
-
-    def _tell(self, head: pb.Head) -> None:
-        # The collector may call this at any moment, within `request` too: it must take no lock.
-        self._farewells.append(head)
+    def wait_any(self, pendings: Sequence[Pending]) -> None:
+        """Wait until one of these has a reply, for as long as bytes move."""
+        self._wait_while_bytes_move([pending.future for pending in pendings])

@@ -28,6 +28,7 @@ from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
 from cutlayer.client.departures import Departures, defend_embedding
 from cutlayer.client.handshake import agreement_of, check_adapter, check_parameters, spec_of
+from cutlayer.client.link import TrunkLink
 from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError, Refused
@@ -325,7 +326,7 @@ def connect(
         connection.close()
         raise
     remote.entry = watch_entry(ends, skeleton.anatomy)
-    remote.link = connection
+    remote.link = TrunkLink(connection, codec=codec)
     remote.trains = bool(plan.trunk.targets)
     remote.departures = Departures(defenses, ledger, transcript, codec)
     defend_embedding(ends, defenses)

@@ -9,7 +9,6 @@ costs disk and not memory, and goes with the process.
 
 from __future__ import annotations
 
-import contextlib
 import tempfile
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -52,12 +51,12 @@ class ReplayLog:
 
     Attributes:
         trimmed_to: The last request that can never be sent again.
-        nbytes: Bytes of bodies held.
+        added_bytes: Bytes of all bodies so far, those that were dropped included.
     """
 
     def __init__(self) -> None:
         self.trimmed_to = 0
-        self.nbytes = 0
+        self.added_bytes = 0
         self._entries: dict[int, _Entry] = {}
         self._segment: _Segment | None = None
 
@@ -72,7 +71,7 @@ class ReplayLog:
                 self._segment, entry.segment = None, None
                 entry.kept = b"".join(parts)
         self._entries[head.sequence] = entry
-        self.nbytes += nbytes
+        self.added_bytes += nbytes
         if head.WhichOneof("verb") == "drop_cache":
             self._cache_dropped(head.drop_cache.cache)
 
@@ -95,14 +94,14 @@ class ReplayLog:
         if entry is not None:
             entry.answered = True
             if refused or not _leaves_a_trace(entry.head):
-                self._drop(sequence)
+                del self._entries[sequence]
 
     def durable(self, sequence: int) -> None:
         """Say that all up to this request is on the server's disk."""
         if sequence > self.trimmed_to:
             self.trimmed_to = sequence
             for known in [known for known in self._entries if known <= sequence]:
-                self._drop(known)
+                del self._entries[known]
 
     def after(self, sequence: int) -> Iterator[tuple[pb.Head, memoryview]]:
         """Yield the requests after one, to be sent again."""
@@ -118,11 +117,7 @@ class ReplayLog:
             asked = entry.head.forward
             is_its = entry.head.WhichOneof("verb") == "forward" and asked.cache == cache
             if is_its and not asked.keep_graph and entry.answered:
-                self._drop(sequence)
-
-    def _drop(self, sequence: int) -> None:
-        with contextlib.suppress(KeyError):
-            self.nbytes -= self._entries.pop(sequence).nbytes
+                del self._entries[sequence]
 
 
 def _leaves_a_trace(head: pb.Head) -> bool:

@@ -44,13 +44,17 @@ def keep_both_halves(trainer: Any, model: SplitModel) -> None:
     def saving(*args: Any, **kwargs: Any) -> None:
         step, limit = trainer.state.global_step, trainer.args.save_total_limit
         folder = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
-        trainer.args.save_total_limit = None  # nothing older goes before this one is whole
         try:
             model.connection.request(pb.Head(save_state=pb.SaveState(step=step))).wait()
+        except StorageError as error:
+            log.warning("checkpoint %d was not saved: %s", step, error)
+            return
+        trainer.args.save_total_limit = None  # nothing older goes before this one is whole
+        try:
             (folder / RECORD).unlink(missing_ok=True)
             save(*args, **kwargs)
             _commit(folder, {"run": model.connection.run, "step": step})
-        except (StorageError, OSError, SafetensorError, RuntimeError) as error:
+        except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_of_storage(error):
                 raise
             # The run is worth more than this checkpoint: go on, and the next one may succeed.
@@ -70,6 +74,8 @@ def keep_both_halves(trainer: Any, model: SplitModel) -> None:
         if resume_from_checkpoint is True:
             newest = newest_checkpoint(Path(trainer.args.output_dir))
             resume_from_checkpoint = str(newest) if newest else None
+            if newest is None:
+                log.warning("there is no checkpoint yet that both sides hold: beginning at step 0")
         return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer._save_checkpoint, trainer.train = saving, training

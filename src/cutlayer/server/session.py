@@ -103,6 +103,11 @@ class Session:
         if asked.sequence <= self.last_sequence:
             return self._answered_before(asked.sequence)
         self._forget(asked.received)
+        if fault := self._out_of_order(asked):
+            # It does not count, so nothing of it is kept either.
+            failure = pb.Failure(code=ProtocolError.code, message=fault)
+            return pb.Head(sequence=asked.sequence, failure=failure), []
+        self.last_sequence = asked.sequence
         head = pb.Head(sequence=asked.sequence)
         try:
             tensors = self._do(message)
@@ -139,18 +144,19 @@ class Session:
         )
         return pb.Head(sequence=sequence, failure=failure), []
 
-    def _do(self, message: Message) -> dict[str, Tensor]:
-        head = message.head
-        if head.follows != self.last_sequence:
-            raise ProtocolError(
-                f"request {head.sequence} says that it follows {head.follows} and came after "
+    def _out_of_order(self, asked: pb.Head) -> str:
+        """Return why a request cannot be the next one; nothing if it can."""
+        if asked.follows != self.last_sequence:
+            return (
+                f"request {asked.sequence} says that it follows {asked.follows} and came after "
                 f"{self.last_sequence}: one between them is missing"
             )
         if len(self.replies) > 4 * self.limits.max_pending:
-            raise ProtocolError(
-                f"{len(self.replies)} replies were not acknowledged: read them and say so"
-            )
-        self.last_sequence = head.sequence
+            return f"{len(self.replies)} replies were not acknowledged: read them and say so"
+        return ""
+
+    def _do(self, message: Message) -> dict[str, Tensor]:
+        head = message.head
         tensors = read_tensors(message)
         verb = head.WhichOneof("verb")
         do: Callable[[pb.Head, dict[str, Tensor]], dict[str, Tensor]] | None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sqlite3
 import time
 from dataclasses import dataclass
 
@@ -81,14 +82,13 @@ class SessionTable:
             sql.execute("DELETE FROM sessions WHERE id = ?", (identifier,))
 
 
-def _entry(row: object) -> Entry:
-    columns = dict(zip(row.keys(), row, strict=True))  # type: ignore[attr-defined, call-overload]
+def _entry(row: sqlite3.Row) -> Entry:
     return Entry(
-        columns["id"],
-        columns["tenant"],
-        columns["run"],
-        pb.OpenSessionRequest.FromString(columns["asked"]),
-        columns["mark"],
-        columns["opened_s"],
-        columns["marked_s"],
+        row["id"],
+        row["tenant"],
+        row["run"],
+        pb.OpenSessionRequest.FromString(row["asked"]),
+        row["mark"],
+        row["opened_s"],
+        row["marked_s"],
     )

@@ -68,7 +68,6 @@ class Sessions:
         self._journal = Journal(store.root)
         self._table = SessionTable(self._journal)
         self._open: dict[str, Session] = {}
-        self._lock = threading.Lock()
         self._thread = TrunkThread()
         self._marks = ThreadPoolExecutor(1, thread_name_prefix="marks")
         self._marking: set[str] = set()
@@ -134,10 +133,10 @@ class Sessions:
             with self._mark_lock:
                 self._table.add(session.identifier, tenant, asked)
                 self._store.drop_marks(tenant, asked.run)
+            self._open[session.identifier] = session
             if asked.take_up:
                 # What is taken up may have changed when this session must be made again.
                 self._write_mark(session, session.state())
-            self._open[session.identifier] = session
             return session
 
         opened: Session = self.on_trunk(make, tenant).result()
@@ -251,8 +250,9 @@ class Sessions:
     def _write_mark(self, session: Session, state: State, sequence: int | None = None) -> None:
         sequence = session.last_sequence if sequence is None else sequence
         with self._mark_lock:
-            stale = self._open.get(session.identifier, session) is not session
-            if stale or session.durable > sequence:
+            # A session that was closed or opened anew meanwhile must not touch its heir's marks.
+            is_open = self._open.get(session.identifier) is session
+            if not is_open or session.durable > sequence:
                 return
             self._store.mark(session.tenant, session.run, sequence, state)
             self._table.marked(session.identifier, sequence)
@@ -324,8 +324,9 @@ class Sessions:
             self._let_go(identifier)
             entry = self._table.find(identifier)
             if entry is not None:
-                self._table.drop(identifier)
-                self._store.drop_marks(tenant, entry.run)
+                with self._mark_lock:
+                    self._table.drop(identifier)
+                    self._store.drop_marks(tenant, entry.run)
                 steps = {"step": session.trunk.step} if session is not None else {}
                 self.watch.happened("closed", tenant, entry.run, **steps)
                 log.info("tenant %s closed run %s", tenant, entry.run)

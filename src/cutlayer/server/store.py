@@ -75,7 +75,10 @@ class Store:
         Raises:
             StorageError: If the disk is full or cannot be written; older marks stay.
         """
-        self._write(self._home(tenant, run), f"mark-{sequence}", state)
+        home, name = self._home(tenant, run), f"mark-{sequence}"
+        # Left by a server that was killed before its journal named it; the request is done again.
+        shutil.rmtree(home / name, ignore_errors=True)
+        self._write(home, name, state)
 
     def marked(self, tenant: str, run: str, sequence: int) -> State:
         """Read a mark.

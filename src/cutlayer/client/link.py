@@ -1,0 +1,92 @@
+"""What a remote trunk asks of its server, in the words of the protocol."""
+
+# Shapes:  B batch   T tokens   D model width
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+
+from cutlayer.client.connection import Connection
+from cutlayer.client.remote_trunk import Question
+from cutlayer.client.replies import Named
+from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.tensors import dtype_name
+
+__all__ = ["TrunkLink"]
+
+
+class TrunkLink:
+    """A session, as a remote trunk uses it.
+
+    What is asked leaves at once; nothing waits but a commit whose norms are not known yet.
+    """
+
+    def __init__(self, connection: Connection, *, codec: str = "raw") -> None:
+        self._connection = connection
+        self._codec = codec
+
+    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named]:
+        """Send activations; return the request's number and the trunk's output to come."""
+        head = pb.Head(
+            forward=pb.Forward(
+                training=question.training,
+                keep_graph=question.keep_graph,
+                wants_gradient=question.wants_gradient,
+                seed=question.seed,
+                autocast=dtype_name(question.autocast) if question.autocast else "",
+                adapter_disabled=question.adapter_disabled,
+                cache=question.cache,
+                past_tokens=question.past_tokens,
+                cache_rows=question.cache_rows,
+            )
+        )
+        tensors = {"smashed": smashed_BTD, **question.carried}
+        codecs = dict.fromkeys(question.carried, "int32") | {"smashed": self._codec}
+        pending = self._connection.request(head, tensors, codecs=codecs)
+        return pending.sequence, Named(pending, "trunk_out")
+
+    def backward(
+        self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
+    ) -> Named:
+        """Send the gradient of a forward's output; return the activations' gradient to come."""
+        asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
+        head, tensors = pb.Head(backward=asked), {"gradient": grad_BTD}
+        pending = self._connection.request(head, tensors, codecs={"gradient": self._codec})
+        return Named(pending, "gradient")
+
+    def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:
+        """Have the held gradients, times a factor, added to the accumulated ones.
+
+        The norms that came with the last backward under `hold` are true of this commit if it is
+        by factor 1 and nothing has touched the gradients since; else it is waited for.
+        """
+        known = factor == 1.0 and norms_are_of == self.gradient_changes()
+        head = pb.Head(commit=pb.Commit(hold=hold, factor=factor))
+        pending = self._connection.request(head, unattended=known)
+        if not known:
+            self._connection.norms = pending.wait()["norms"]
+
+    def gradient_changes(self) -> int:
+        """Count the requests so far that change the trunk's gradients."""
+        return self._connection.gradient_changes()
+
+    def wait_any(self, answers: Sequence[Any]) -> None:
+        """Wait until one of these has arrived, for as long as bytes move."""
+        self._connection.wait_any([answer.pending for answer in answers])
+
+    # The collector may call these at any moment, within a request too: they take no lock.
+
+    def release(self, hold: int) -> None:
+        """Say that held gradients will not be committed."""
+        self._connection.tell(pb.Head(release=pb.Release(hold=hold)))
+
+    def discard(self, forward: int) -> None:
+        """Say that a forward will have no backward."""
+        self._connection.tell(pb.Head(discard=pb.Discard(forward_sequence=forward)))
+
+    def drop_cache(self, cache: int) -> None:
+        """Say that a KV cache is not needed any more."""
+        self._connection.tell(pb.Head(drop_cache=pb.DropCache(cache=cache)))
