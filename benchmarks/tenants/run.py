@@ -32,6 +32,7 @@ from cutlayer.cli.certs import issue  # noqa: E402
 from cutlayer.client.address import Address  # noqa: E402
 from cutlayer.client.connection import Connection  # noqa: E402
 from cutlayer.client.handshake import spec_of  # noqa: E402
+from cutlayer.client.link import TrunkLink  # noqa: E402
 from cutlayer.client.remote_trunk import Question  # noqa: E402
 from cutlayer.split.adapters import plan_adapter  # noqa: E402
 from cutlayer.split.cut import Cut  # noqa: E402
@@ -82,7 +83,7 @@ class Tenant:
 
     def step(self, number: int) -> None:
         """Forward and backward of each micro-chunk, and an optimizer step."""
-        link, queued_s = self.connection, self.connection.traffic.queued_s
+        link, queued_s = TrunkLink(self.connection), self.connection.traffic.queued_s
         question = Question(training=True, keep_graph=True, wants_gradient=True)
         on_way = [link.forward(self.smashed_BTD, question) for _ in range(self.in_flight)]
         answers = []
@@ -95,13 +96,13 @@ class Tenant:
         group = pb.ParamGroup(
             numbers={"lr": 1e-4, "weight_decay": 0.0, "eps": 1e-8},
             betas=(0.9, 0.999),
-            names=list(link.parameters) if number == 1 else [],
+            names=list(self.connection.parameters) if number == 1 else [],
         )
         step = pb.OptimStep(step=number, optimizer="AdamW", groups=[group], clip_factor=1.0)
-        link.request(pb.Head(optim_step=step)).wait()
+        self.connection.request(pb.Head(optim_step=step)).wait()
         self.done_tokens += self.in_flight * self.smashed_BTD.shape[1]
         requests = 2 * self.in_flight + 1
-        self.waits_s.append((link.traffic.queued_s - queued_s) / requests)
+        self.waits_s.append((self.connection.traffic.queued_s - queued_s) / requests)
 
 
 @dataclass
