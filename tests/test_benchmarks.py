@@ -7,6 +7,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
+import benchmarks.attacks.run as attacks
+from benchmarks.attacks.conditions import lossy_codecs
+from benchmarks.attacks.parts import Part
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -48,3 +54,49 @@ def test_a_greedy_tenant_gets_no_more_than_its_share(tmp_path: Path):
 
     assert figures["jain"] >= 0.9
     assert figures["greedy_share_over_fair"] <= 1.25
+
+
+def test_figures_of_an_earlier_commit_are_kept_until_their_source_changes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """A part is measured anew once a file that it runs is another one, committed or not."""
+
+    def git(*words: str) -> str:
+        who = ("-c", "user.name=a", "-c", "user.email=a@b")
+        done = subprocess.run(
+            ["git", *who, *words], cwd=tmp_path, capture_output=True, text=True, check=True
+        )
+        return done.stdout.strip()
+
+    git("init", "-q")
+    (tmp_path / "attack.py").write_text("1")
+    git("add", "attack.py")
+    git("commit", "-qm", "one")
+    monkeypatch.setattr(attacks, "ROOT", tmp_path)
+    monkeypatch.setattr(attacks, "PARTIAL", tmp_path / "partial.jsonl")
+    monkeypatch.setattr(attacks, "commit", lambda: git("rev-parse", "HEAD"))
+    part = Part("a1", lambda: {}, ("attack.py",))
+    measured_at = git("rev-parse", "HEAD")
+    attacks.Kept().keep(part, {"a1": 1.0})
+
+    git("commit", "-qm", "of other files", "--allow-empty")
+    assert attacks.Kept().of(part) == ({"a1": 1.0}, measured_at)
+
+    (tmp_path / "attack.py").write_text("2")
+    assert attacks.Kept().of(part) is None
+    attacks.Kept().keep(part, {"a1": 0.5})  # of no commit, so it is not written down
+    git("commit", "-qam", "two")
+    assert attacks.Kept().of(part) is None
+
+
+@pytest.mark.slow
+def test_the_attacks_read_a_tiny_model(tmp_path: Path):
+    """Undefended, tokens and labels come back whole; every lossy codec has its rows."""
+    figures = figures_of("attacks", tmp_path / "attacks.json")
+
+    assert figures["a1_clean_trr"] == 1
+    assert {figures[f"a4_m{top}"] for top in (0, 1, 2)} == {1}
+    for codec in lossy_codecs():
+        assert {f"a1_codec_{codec}", f"a2_codec_{codec}_trr", f"a4_codec_{codec}_m2"} <= set(
+            figures
+        )
