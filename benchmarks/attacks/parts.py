@@ -34,7 +34,8 @@ __all__ = ["Part", "Parts"]
 
 ATTACKS = (
     "src/cutlayer/audit",
-    "src/cutlayer/split",
+    "src/cutlayer/split/cut.py",
+    "src/cutlayer/split/loading.py",
     "benchmarks/attacks/victim.py",
     "benchmarks/attacks/texts.py",
 )
