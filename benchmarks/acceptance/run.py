@@ -71,28 +71,52 @@ def measured_by(name: str, *, quick: bool) -> dict[str, float]:
     return figures
 
 
+def committed() -> tuple[dict[str, float], dict[str, str]]:
+    """Return the figures of the newest result, and the commit that measured each id."""
+    results = [json.loads(path.read_text()) for path in (HOME / "results").glob("*.json")]
+    newest = max(results, key=lambda result: str(result["date"]))
+    everywhere = dict.fromkeys(NAMES, newest["commit"])
+    return newest["figures"], newest["settings"].get("measured_at", everywhere)
+
+
 def main() -> None:
     """Run them all; what is done is kept, so that a run that was cut off goes on."""
     parser = parser_of(__doc__)
+    parser.add_argument(
+        "--only", help="ids, as A1,A1b; the figures of the others are those of the newest result"
+    )
     args = parser.parse_args()
     kept = ROOT / "out" / f"acceptance-{commit()}.jsonl"
     kept.parent.mkdir(exist_ok=True)
     done: dict[str, dict[str, float]] = {}
     if kept.exists() and not args.quick:
         done = dict(json.loads(line) for line in kept.read_text().splitlines())
-    for name in ("D5", "D8") if args.quick else NAMES:
-        if name in done:
-            continue
-        done[name] = measured_by(name, quick=args.quick)
-        if not args.quick:
-            with kept.open("a") as file:
-                file.write(json.dumps([name, done[name]]) + "\n")
-    figures = {key: value for of in done.values() for key, value in of.items()}
+    names = ["D5", "D8"] if args.quick else NAMES
+    figures: dict[str, float] = {}
+    measured_at: dict[str, str] = {}
+    if args.only:
+        names = [name for name in NAMES if name in args.only.split(",")]
+        before, measured_at = committed()
+        of_names = tuple(f"T-{name}." for name in names)
+        figures = {
+            key: value
+            for key, value in before.items()
+            if key.startswith("T-") and not key.startswith(of_names)
+        }
+    for name in names:
+        if name not in done:
+            done[name] = measured_by(name, quick=args.quick)
+            if not args.quick:
+                with kept.open("a") as file:
+                    file.write(json.dumps([name, done[name]]) + "\n")
+        figures |= done[name]
+        measured_at = {**measured_at, name: commit()}
     totals = {
         f"acceptance_tests_{word}": sum(v for k, v in figures.items() if k.endswith(f".{word}"))
         for word in ("passed", "failed")
     }
-    Result({**totals, **figures}, plain_settings(args)).write(args, HOME)
+    settings = plain_settings(args, measured_at=measured_at)
+    Result({**totals, **figures}, settings).write(args, HOME)
 
 
 if __name__ == "__main__":
