@@ -30,7 +30,7 @@ from transformers import AutoModelForCausalLM
 import cutlayer
 
 # `connect` and `attach` are imported on first use; so the bare process holds them too.
-import cutlayer.client.model
+import cutlayer.client.connect
 import cutlayer.client.training
 from benchmarks.processes import cpu_seconds, memory_bytes
 from cutlayer.wire import cutlayer_pb2 as pb

@@ -10,7 +10,7 @@ from importlib.metadata import version as _version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from cutlayer.client.model import connect
+    from cutlayer.client.connect import connect
     from cutlayer.client.training import TrunkOptimizer, attach
     from cutlayer.errors import CutlayerError
     from cutlayer.split.adapters import seed_adapter
@@ -23,7 +23,7 @@ _HOMES = {
     "CutlayerError": "cutlayer.errors",
     "TrunkOptimizer": "cutlayer.client.training",
     "attach": "cutlayer.client.training",
-    "connect": "cutlayer.client.model",
+    "connect": "cutlayer.client.connect",
     "seed_adapter": "cutlayer.split.adapters",
 }
 

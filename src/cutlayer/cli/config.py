@@ -57,6 +57,8 @@ class SplitConfig:
     """How activations and gradients are written on the wire."""
     chunks: int = 1
     """Micro-chunks of a training batch."""
+    lean_head: bool = False
+    """Run the LM head at labelled positions only."""
     train: list[str] | None = None
     """Parts on which the LoRA is; by default all that the privacy profile allows."""
     privacy_profile: str = "open"

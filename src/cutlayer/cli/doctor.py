@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
     Raises:
         ConnectionFailed, TLSError, Refused: With what stands in the way.
     """
-    from cutlayer.client.model import connect
+    from cutlayer.client.connect import connect
 
     settle(args.threads)
     settings = read_run(args.config, args.overrides)

@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Generate and print."""
     from cutlayer.cli.data import load_tokenizer
-    from cutlayer.client.model import connect
+    from cutlayer.client.connect import connect
 
     settle(args.threads)
     settings = read_run(args.config, args.overrides)

@@ -111,7 +111,7 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
     from cutlayer.cli.privacy import cost_of, ledger_of, transcript_of
     from cutlayer.cli.progress import LiveProgress
-    from cutlayer.client.model import connect
+    from cutlayer.client.connect import connect
     from cutlayer.client.training import attach
     from cutlayer.split.loading import open_checkpoint, skeleton_of
 

@@ -52,7 +52,7 @@ class Departures:
             BudgetExhausted: If a release would cost more than what is left; nothing was sent.
             ConfigError: If the defense learns from tokens and there are none.
         """
-        defense = self._at("lower cut")
+        defense = self.defense("lower cut")
         if defense is None:
             return hidden_BTD
         mask_BT = entry.carried.get("attention_mask")
@@ -73,7 +73,7 @@ class Departures:
         if self.transcript and self.transcript.wants(step):
             arrived_BTD = self._as_it_arrives(smashed_BTD)
             self.transcript.activations(number, step, arrived_BTD, entry.carried, entry.truth)
-        return self._records_of(entry, len(smashed_BTD)) if self._at("upper cut") else []
+        return self._records_of(entry, len(smashed_BTD)) if self.defense("upper cut") else []
 
     def received(self, number: int, step: int, trunk_out_BTD: Tensor) -> None:
         """Take note of what the server computed, which it knows too."""
@@ -92,7 +92,7 @@ class Departures:
         Raises:
             BudgetExhausted: If a release would cost more than what is left; nothing was sent.
         """
-        defense = self._at("upper cut")
+        defense = self.defense("upper cut")
         if defense is not None:
             grad_BTD = defense.apply(grad_BTD, None)
             self._book(defense, records, grad_BTD)
@@ -100,7 +100,8 @@ class Departures:
             self.transcript.gradient(number, step, self._as_it_arrives(grad_BTD))
         return grad_BTD
 
-    def _at(self, site: str) -> Defense | None:
+    def defense(self, site: str) -> Defense | None:
+        """Return the defense of a channel."""
         return next((defense for defense in self.defenses if defense.site == site), None)
 
     def _book(self, defense: Defense, records: list[str], leaving: Tensor) -> None:

@@ -1,17 +1,20 @@
 """What a remote trunk asks of its server, in the words of the protocol."""
 
-# Shapes:  B batch   T tokens   D model width
+# Shapes:  B batch   T tokens   D model width   N positions whose output is wanted
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from cutlayer.client.connection import Connection
 from cutlayer.client.remote_trunk import Question
 from cutlayer.client.replies import Named
+from cutlayer.errors import ProtocolError
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.tensors import dtype_name
 
@@ -27,6 +30,7 @@ class TrunkLink:
     def __init__(self, connection: Connection, *, codec: str = "raw") -> None:
         self._connection = connection
         self._codec = codec
+        self._wanted: dict[int, Tensor] = {}  # by forward
 
     def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named]:
         """Send activations; return the request's number and the trunk's output to come."""
@@ -43,15 +47,25 @@ class TrunkLink:
                 cache_rows=question.cache_rows,
             )
         )
-        tensors = {"smashed": smashed_BTD, **question.carried}
-        codecs = dict.fromkeys(question.carried, "int32") | {"smashed": self._codec}
+        tensors, wanted_N = {"smashed": smashed_BTD, **question.carried}, question.wanted_N
+        if wanted_N is not None:
+            tensors["wanted"] = wanted_N
+        codecs = dict.fromkeys(tensors, "int32") | {"smashed": self._codec}
         pending = self._connection.request(head, tensors, codecs=codecs)
-        return pending.sequence, Named(pending, "trunk_out")
+        if wanted_N is None:
+            return pending.sequence, Named(pending, "trunk_out")
+        if question.keep_graph:
+            self._wanted[pending.sequence] = wanted_N
+        placed = functools.partial(_placed, wanted_N=wanted_N, shape=smashed_BTD.shape)
+        return pending.sequence, Named(pending, "trunk_out", placed)
 
     def backward(
         self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True
     ) -> Named:
         """Send the gradient of a forward's output; return the activations' gradient to come."""
+        wanted_N = self._wanted.pop(forward, None)
+        if wanted_N is not None:
+            grad_BTD = grad_BTD.flatten(0, 1)[wanted_N.to(grad_BTD.device)][None]
         asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
         head, tensors = pb.Head(backward=asked), {"gradient": grad_BTD}
         pending = self._connection.request(head, tensors, codecs={"gradient": self._codec})
@@ -85,8 +99,24 @@ class TrunkLink:
 
     def discard(self, forward: int) -> None:
         """Say that a forward will have no backward."""
+        self._wanted.pop(forward, None)
         self._connection.tell(pb.Head(discard=pb.Discard(forward_sequence=forward)))
 
     def drop_cache(self, cache: int) -> None:
         """Say that a KV cache is not needed any more."""
         self._connection.tell(pb.Head(drop_cache=pb.DropCache(cache=cache)))
+
+
+def _placed(out_1ND: Tensor, *, wanted_N: Tensor, shape: torch.Size) -> Tensor:
+    """Return the output at its positions, and zero elsewhere.
+
+    Raises:
+        ProtocolError: If it is not for these positions.
+    """
+    if out_1ND.shape != (1, len(wanted_N), shape[-1]):
+        raise ProtocolError(
+            f"an output of shape {tuple(out_1ND.shape)} came for {len(wanted_N)} positions"
+        )
+    out_BTD = out_1ND.new_zeros(shape)
+    out_BTD.flatten(0, 1)[wanted_N] = out_1ND[0]
+    return out_BTD

@@ -52,6 +52,8 @@ class Question:
     cache: int = 0
     past_tokens: int = 0
     cache_rows: tuple[int, ...] = ()
+    wanted_N: Tensor | None = None
+    """The positions, row after row, of which the output is wanted; it is zero elsewhere."""
 
 
 class Answer(Protocol):
@@ -156,6 +158,7 @@ class RemoteTrunk(nn.Module):
         trains: Whether the trunk has an adapter that is trained.
         step: Optimizer steps done; with `seed` it determines the trunk's dropout.
         adapter_disabled: Run the trunk's base model.
+        wanted_N: The positions of which the next forward wants the output; all by default.
     """
 
     def __init__(self, anatomy: Anatomy, layer: int, *, seed: int = 0) -> None:
@@ -163,6 +166,7 @@ class RemoteTrunk(nn.Module):
         self.trains = True
         self.step = 0
         self.adapter_disabled = False
+        self.wanted_N: Tensor | None = None
         self.seed = seed
         self.entry = Entry()
         self.departures = Departures()
@@ -223,6 +227,7 @@ class RemoteTrunk(nn.Module):
             seed=self._seed_of_call(),
             autocast=_autocast_dtype(hidden_BTD.device.type),
             adapter_disabled=self.adapter_disabled,
+            wanted_N=self.wanted_N,
             **self._cache_fields(cache, hidden_BTD, grad=grad),
         )
         assert self.link is not None

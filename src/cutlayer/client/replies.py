@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -57,6 +58,8 @@ class Named:
 
     pending: Pending
     name: str
+    placed: Callable[[Tensor], Tensor] | None = None
+    """Makes of what came what is waited for."""
 
     def arrived(self) -> bool:
         """Say whether the reply is there."""
@@ -76,4 +79,5 @@ class Named:
             refuse_not_finite(
                 tensor, f"what the server sent ({self.name})", "lower the learning rate"
             )
+            tensor = self.placed(tensor) if self.placed else tensor
         return tensor

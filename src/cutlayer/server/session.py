@@ -23,10 +23,10 @@ from cutlayer.server.access import Limits
 from cutlayer.server.memory import Memory
 from cutlayer.server.optimizers import Group
 from cutlayer.server.quotas import Desk
+from cutlayer.server.requests import checked_forward, told_of
 from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import TenantTrunk
-from cutlayer.split.entry import CARRIED
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Message
 from cutlayer.wire.tensors import DTYPES, attach_tensors, read_tensors, refuse_not_finite
@@ -116,7 +116,7 @@ class Session:
             return self._remember(head, [])
         except Exception as error:  # a model's own forward may raise anything
             log.exception("session of tenant %s: request failed", self.tenant)
-            head.failure.code, head.failure.message = _told_of(error)
+            head.failure.code, head.failure.message = told_of(error)
             return self._remember(head, [])
         head.done.compute_s = time.monotonic() - started_s
         head.done.queue_s = started_s - arrived_s
@@ -167,33 +167,28 @@ class Session:
 
     def _do_forward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         asked = head.forward
-        smashed_BTD = tensors.pop("smashed", torch.empty(0))
-        if smashed_BTD.dim() != 3 or smashed_BTD.shape[2] != self.width or 0 in smashed_BTD.shape:
-            raise ProtocolError(
-                f"activations of shape {tuple(smashed_BTD.shape)} came: (batch, tokens, "
-                f"{self.width}) is expected"
-            )
-        if not set(tensors) <= set(CARRIED) or any(0 in t.shape for t in tensors.values()):
-            raise ProtocolError(f"tensors {sorted(tensors)} came with the activations")
+        smashed_BTD, wanted_N = checked_forward(asked, tensors, width=self.width)
         if asked.keep_graph and self.trunk.pending >= self.limits.max_pending:
             raise ProtocolError(
                 f"{self.trunk.pending} forwards wait for their backward: the limit is "
                 f"{self.limits.max_pending}"
             )
-        refuse_not_finite(smashed_BTD, "the smashed activations", "nothing was computed")
-        if asked.autocast and asked.autocast not in ("bfloat16", "float16"):
-            raise ProtocolError(f"autocast to '{asked.autocast}' is unknown")
         tokens = smashed_BTD.shape[0] * smashed_BTD.shape[1]
         self.desk.admit_forward(self.tenant, tokens, keeps_graph=asked.keep_graph)
         with self.memory.admitting(head.sequence, asked, smashed_BTD, self._more_memory):
-            out_BTD = self._forward(head.sequence, asked, smashed_BTD, tensors)
+            out_BTD = self._forward(head.sequence, asked, smashed_BTD, tensors, wanted_N)
         return {"trunk_out": out_BTD}
 
     def _more_memory(self, more_bytes: int) -> None:
         self.desk.admit_memory(self.tenant, more_bytes)
 
     def _forward(
-        self, sequence: int, asked: pb.Forward, smashed_BTD: Tensor, carried: dict[str, Tensor]
+        self,
+        sequence: int,
+        asked: pb.Forward,
+        smashed_BTD: Tensor,
+        carried: dict[str, Tensor],
+        wanted_N: Tensor | None,
     ) -> Tensor:
         return self.trunk.forward(
             sequence,
@@ -208,6 +203,7 @@ class Session:
             cache=asked.cache,
             past_tokens=asked.past_tokens,
             cache_rows=asked.cache_rows,
+            wanted_N=wanted_N,
         )
 
     def _do_backward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -355,16 +351,3 @@ class Session:
         if groups:
             self.trunk.restore_optimizer(self.settings["optimizer"], groups, state.optimizer)
         self.trunk.step = state.step
-
-
-def _told_of(error: Exception) -> tuple[str, str]:
-    """Return code and words for an error of the model's own."""
-    # torch tells of a lack of memory on a CPU with a RuntimeError like any other.
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
-        return Refused.code, (
-            "the server has not the memory for this batch, and nothing of it was computed: send "
-            "smaller batches or more chunks"
-        )
-    return CutlayerError.code, (
-        f"the trunk failed on this request ({type(error).__name__}): the server's log has the cause"
-    )

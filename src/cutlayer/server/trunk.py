@@ -162,8 +162,9 @@ class TenantTrunk:
         cache: int = 0,
         past_tokens: int = 0,
         cache_rows: Sequence[int] = (),
+        wanted_N: Tensor | None = None,
     ) -> Tensor:
-        """Return the trunk's output, (B, T, D).
+        """Return the trunk's output, (B, T, D), or (1, N, D) of the positions that are wanted.
 
         Args:
             sequence: The request's number, under which a kept graph is found again.
@@ -178,6 +179,7 @@ class TenantTrunk:
             cache: The number of the KV cache to read and extend, 0 for none.
             past_tokens: How many tokens that cache must hold before this call.
             cache_rows: Which rows of the cache the rows of this call continue, when they moved.
+            wanted_N: Positions, row after row, whose output alone is returned.
 
         Raises:
             Refused: If the cache is not as the client believes it is.
@@ -201,6 +203,8 @@ class TenantTrunk:
             if training:
                 torch.manual_seed(seed)
             out_BTD = self._trunk(smashed_BTD, carried, cache=slot.cache if slot else None)
+            if wanted_N is not None:
+                out_BTD = out_BTD.flatten(0, 1)[wanted_N.to(device)][None]
         if slot:
             slot.past_tokens += smashed_BTD.shape[1]
         if keep_graph:
