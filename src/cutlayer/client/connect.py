@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,7 @@ from cutlayer.split.adapters import (
 )
 from cutlayer.split.cut import Cut
 from cutlayer.split.entry import watch_entry
-from cutlayer.split.loading import Skeleton, load_ends, open_checkpoint, skeleton_of
+from cutlayer.split.loading import Checkpoint, Skeleton, load_ends, open_checkpoint, skeleton_of
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.tensors import DTYPES
@@ -130,10 +130,7 @@ def connect(
     """
     _check(codec, chunks, dtype, lean_head and task)
     _check_books(defenses, ledger)
-    checkpoint = open_checkpoint(model, revision=revision)
-    for name, value in config_overrides.items():
-        setattr(checkpoint.config, name, value)
-    skeleton = skeleton_of(checkpoint.config, task)
+    checkpoint, skeleton = _opened(model, revision, task, config_overrides)
     layers = skeleton.anatomy.num_layers
     cut = Cut.leaving(bottom_layers=bottom_layers, top_layers=top_layers, num_layers=layers)
     plan = _plan(skeleton, peft_config, cut, train, seed, model)
@@ -194,6 +191,15 @@ def _check(codec: str, chunks: int, dtype: str, lean_head_of: str | bool) -> Non
         faults.append(f"dtype '{dtype}' is unknown: float32, bfloat16 or float16")
     if faults:
         raise ConfigError("; ".join(faults))
+
+
+def _opened(
+    model: str, revision: str | None, task: str, overrides: Mapping[str, Any]
+) -> tuple[Checkpoint, Skeleton]:
+    checkpoint = open_checkpoint(model, revision=revision)
+    for name, value in overrides.items():
+        setattr(checkpoint.config, name, value)
+    return checkpoint, skeleton_of(checkpoint.config, task)
 
 
 def _plan(
