@@ -130,33 +130,17 @@ class Parts:
     def all(self) -> Iterator[Part]:
         """Yield all parts."""
         yield from self._undefended()
-        for name in lossy_codecs():
-            yield Part(f"a4 codec {name}", partial(self._a4_codec, name), CODECS)
-            for bottom in self.cuts:
-                measure = partial(self._a2_codec, name, bottom)
-                yield Part(f"a2 codec {name} cut {bottom}", measure, CODECS)
-                measure = partial(self._a1_codec, name, bottom)
-                yield Part(f"a1 codec {name} cut {bottom}", measure, CODECS)
-        for top in (2, 1, 0):
-            yield Part(f"a4 noise m{top}", partial(self._a4_noise, top), DEFENSES)
-        yield Part("a4 two servers", self._a4_two_servers, DEFENSES)
-        yield Part("a4 noisy activations", self._a4_noisy_activations, DEFENSES)
-        yield Part("a4 refused", self._a4_refused)
-        yield Part("a1 embedding noise", self._a1_embedding_noise, DEFENSES)
+        yield from self._gradients_defended(2)
         for bits in (8, 4):
             yield Part(f"a1 int{bits}", partial(self._a1_rounded, bits))
         yield Part("a1 permutation", self._a1_permutation)
         yield Part("a1 rotation", self._a1_rotation)
-        for bottom in self.cuts:
-            for name in NOISES:
-                measure = partial(self._a2_noise, name, bottom)
-                yield Part(f"a2 {name} cut {bottom}", measure, DEFENSES)
-            measure = partial(self._a2_embedding_noise, bottom)
-            yield Part(f"a2 embedding noise cut {bottom}", measure, DEFENSES)
-        for bottom in self.cuts:
-            for name in NOISES:
-                measure = partial(self._a1_noise, name, bottom)
-                yield Part(f"a1 {name} cut {bottom}", measure, DEFENSES)
+        yield Part("a1 embedding noise", self._a1_embedding_noise, DEFENSES)
+        yield from self._activations_defended(self.cuts[0])
+        for top in (1, 0):
+            yield from self._gradients_defended(top)
+        for bottom in self.cuts[1:]:
+            yield from self._activations_defended(bottom)
 
     def _undefended(self) -> Iterator[Part]:
         yield Part("a1 clean", self._a1_clean)
@@ -172,11 +156,35 @@ class Parts:
             yield Part(f"a4 {longer}", partial(self._a4, name, self.few, longer))
         for top in (4, 8):
             yield Part(f"a4 m{top}", partial(self._a4, f"a4_m{top}", self.some, top_layers=top))
-        for bottom in CUTS[1:]:
-            yield Part(f"a1 cut {bottom}", partial(self._a1_cut, bottom, 6))
+        for bottom, count in zip(CUTS[1:], (self.some, self.few), strict=True):
             yield Part(f"a2 cut {bottom}", partial(self._a2, bottom))
+            yield Part(f"a1 cut {bottom}", partial(self._a1_cut, bottom, count))
         for name, fetch in (("emails", real.emails), ("reviews", real.reviews)):
             yield Part(name, partial(self._fetched, name, fetch))
+
+    def _gradients_defended(self, top: int) -> Iterator[Part]:
+        for name in lossy_codecs():
+            yield Part(f"a4 codec {name} m{top}", partial(self._a4_codec, name, top), CODECS)
+        yield Part(f"a4 noise m{top}", partial(self._a4_noise, top), DEFENSES)
+        if top == 2:
+            yield Part("a4 refused", self._a4_refused)
+            yield Part("a4 two servers", self._a4_two_servers, DEFENSES)
+            yield Part("a4 noisy activations", self._a4_noisy_activations, DEFENSES)
+
+    def _activations_defended(self, bottom: int) -> Iterator[Part]:
+        """Yield what is of one cut together, for its table of candidates is made once."""
+        for name in lossy_codecs():
+            measure = partial(self._a1_codec, name, bottom)
+            yield Part(f"a1 codec {name} cut {bottom}", measure, CODECS)
+            measure = partial(self._a2_codec, name, bottom)
+            yield Part(f"a2 codec {name} cut {bottom}", measure, CODECS)
+        for name in NOISES:
+            measure = partial(self._a2_noise, name, bottom)
+            yield Part(f"a2 {name} cut {bottom}", measure, DEFENSES)
+            measure = partial(self._a1_noise, name, bottom)
+            yield Part(f"a1 {name} cut {bottom}", measure, DEFENSES)
+        measure = partial(self._a2_embedding_noise, bottom)
+        yield Part(f"a2 embedding noise cut {bottom}", measure, DEFENSES)
 
     # ------------------------------------------------------------------ A1
 
@@ -189,14 +197,15 @@ class Parts:
             "a1_candidates_median": found.extra["candidates_median"],
         }
 
-    def _a1_cut(self, bottom: int, tokens: int) -> dict[str, float]:
-        found = self.smollm.search(self.begun(self.some, tokens), bottom_layers=bottom)
-        return rated(f"a1_cut_{bottom}", found)
+    def _a1_cut(self, bottom: int, count: int) -> dict[str, float]:
+        # Deep down some tokens are told apart only by trying the whole vocabulary.
+        texts = self.begun(count, 6 if count > self.few else 4)
+        return rated(f"a1_cut_{bottom}", self.smollm.search(texts, bottom_layers=bottom))
 
     def _a1_codec(self, name: str, bottom: int) -> dict[str, float]:
         through = partial(round_trip, name)
         found = self.smollm.search(
-            self.begun(self.some, min(self.tokens, 6)),
+            self.begun(self.some if bottom == CUTS[0] else self.few, 4),
             bottom_layers=bottom,
             change=through,
             settings=SearchSettings(score="quant", release=through),
@@ -291,12 +300,8 @@ class Parts:
     def _a4(self, name: str, count: int, tokens: int = 0, **more: Any) -> dict[str, float]:
         return rated(name, self.smollm.labels(self.joined(count, tokens or self.length), **more))
 
-    def _a4_codec(self, name: str) -> dict[str, float]:
-        figures: dict[str, float] = {}
-        for top in (0, 1, 2):
-            named = f"a4_codec_{name}_m{top}"
-            figures |= self._a4(named, self.many, codec=name, top_layers=top)
-        return figures
+    def _a4_codec(self, name: str, top: int) -> dict[str, float]:
+        return self._a4(f"a4_codec_{name}_m{top}", self.many, codec=name, top_layers=top)
 
     def _a4_refused(self) -> dict[str, float]:
         figures: dict[str, float] = {}
