@@ -10,6 +10,7 @@ from typing import Any
 from peft import LoraConfig, PeftConfig
 
 from cutlayer.client.address import Address
+from cutlayer.client.ahead import Ahead
 from cutlayer.client.connection import Connection
 from cutlayer.client.departures import Departures, defend_embedding
 from cutlayer.client.handshake import agreement_of, check_parameters, spec_of
@@ -170,6 +171,7 @@ def connect(
     seed_adapter(split, seed)
     split.connection, split.remote_trunk, split.plan = connection, remote, plan
     split.anatomy, split.cut, split.chunks = skeleton.anatomy, cut, chunks
+    split.ahead = Ahead(remote)
     split.keeps_adapter, split.lean_head = reply.keeps_adapter, head
     return split
 

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +19,7 @@ from peft import (
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cutlayer.client.ahead import Ahead
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
@@ -53,6 +54,8 @@ class SplitModel:
         chunks: Into how many micro-chunks a training batch is cut.
         objective: What a trainer makes of TRL's head, if `attach` knows it.
         lean_head: Runs the head at labelled positions only, if that was asked for.
+        ahead: Bottoms that were run before their batch came.
+        coming: The arguments of the next training forward, where they are known.
     """
 
     connection: Connection
@@ -64,6 +67,8 @@ class SplitModel:
     objective: Objective | None = None
     keeps_adapter: bool = False
     lean_head: LeanHead | None = None
+    ahead: Ahead
+    coming: Mapping[str, Any] | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
@@ -84,8 +89,15 @@ class SplitModel:
         objective = self._objective(kwargs)
         trained = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if objective and (trained or self.remote_trunk.trains):
+            self.ahead.begin(self._parts_of_coming(kwargs))
             return run_by_arrival(
-                run, parts, self.remote_trunk, trained, objective=objective, top_only=top_only
+                run,
+                parts,
+                self.remote_trunk,
+                trained,
+                objective=objective,
+                top_only=top_only,
+                ahead=self.ahead,
             )
         on_their_way = chunks_sent(
             self.remote_trunk, [functools.partial(run, **part) for part in parts]
@@ -96,6 +108,25 @@ class SplitModel:
                 outputs.append(run(**part))
         loss_is_mean = kwargs.get("num_items_in_batch") is None
         return joined(outputs, [weight_of(part) for part in parts], loss_is_mean=loss_is_mean)
+
+    def comes(self, batch: Mapping[str, Any]) -> None:
+        """Say before a training forward what the one after it will be called with.
+
+        The bottom of that batch is then run while this one's last gradients are waited for, where
+        that is exact. `attach` does so for a trainer. Another batch may come after all.
+        """
+        self.coming = batch
+
+    def _parts_of_coming(self, kwargs: Mapping[str, Any]) -> list[dict[str, Any]]:
+        """Return the chunks of the batch after this one; none if it is not known."""
+        coming, self.coming = self.coming, None
+        rows = rows_in(coming or {})
+        by_row = {n for n, v in kwargs.items() if isinstance(v, Tensor) and v.dim()}
+        if not coming or rows < 2 or not by_row <= coming.keys():
+            return []
+        told = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
+        whole = told | {name: coming[name] for name in by_row}
+        return [rows_of(whole, rows, span) for span in spans(rows, self.chunks)]
 
     def _objective(self, kwargs: dict[str, Any]) -> Objective | None:
         """Return what the loss of this call will be made of, `None` if that is not known."""

@@ -3,12 +3,16 @@
 `loss.backward()` after the whole forward is a barrier: no gradient leaves before the last chunk's
 loss is known. Here the backward of each chunk is done within the forward, by arrival:
 
+    the server has little to do    the next chunk's bottom; the activations leave
     a chunk's output is there      its top: loss and backward; the gradient leaves
-    else a chunk is not yet sent   its bottom; the activations leave
+    else a chunk is not yet sent   its bottom, as above
     else a gradient is there       that chunk's bottom backward
+    else all outputs have come     a bottom of the next batch, if it is known (ahead.py)
     else                           wait for whichever comes first
 
-and `loss.backward()` hands out the gradients that were found, times the factor that comes in from
+A bottom is short and a top is long: were tops always first, the server would run dry behind one.
+Which of these is done when decides no bit: tops, backwards and gradients keep the chunks' order.
+Then `loss.backward()` hands out the gradients that were found, times the factor that comes in from
 above: they are linear in it. Until then they are held apart on both sides, so a loss that is never
 differentiated leaves no trace (docs/decisions/0010).
 """
@@ -24,9 +28,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cutlayer.client.ahead import Ahead
 from cutlayer.client.chunks import joined, weight_of
 from cutlayer.client.remote_trunk import Chunk, Hold, RemoteTrunk, chunks_sent
 from cutlayer.errors import ConfigError
+from cutlayer.split.schedule import ENOUGH_ASKED
 
 __all__ = ["Objective", "run_by_arrival"]
 
@@ -61,6 +67,7 @@ def run_by_arrival(
     *,
     objective: Objective,
     top_only: Callable[[], contextlib.AbstractContextManager[None]],
+    ahead: Ahead,
 ) -> Any:
     """Return the output of the whole batch, whose gradients are found already.
 
@@ -71,6 +78,7 @@ def run_by_arrival(
         parameters: What the client trains.
         objective: What the loss is made of.
         top_only: While open, a forward of the model is the top's alone.
+        ahead: Bottoms that were run before, and which are to be run now for later.
 
     Raises:
         NotFinite: If an activation or a gradient is NaN or infinite.
@@ -86,7 +94,12 @@ def run_by_arrival(
         at_trunk: deque[Chunk] = deque()
         coming_back: deque[Chunk] = deque()
         while to_send or at_trunk or coming_back:
-            if at_trunk and at_trunk[0].sent.output.arrived():
+            has_come = bool(at_trunk) and at_trunk[0].sent.output.arrived()
+            if to_send and (not has_come or _asked(at_trunk, coming_back) < ENOUGH_ASKED):
+                index, part = to_send.popleft()
+                with seeded("bottom", index):
+                    at_trunk.extend(chunks_sent(remote, [ahead.bottom_of(part, run, top_only)]))
+            elif has_come:
                 chunk, index = at_trunk.popleft(), len(outputs)
                 chunk.sent.hold, chunk.sent.wants_norms = hold.number, index == last
                 with top_only(), remote.receiving(chunk.cut_off()), seeded("top", index):
@@ -96,12 +109,10 @@ def run_by_arrival(
                     if chunk.ticket.requires_grad:
                         coming_back.append(chunk)
                 outputs.append(_detached(output))
-            elif to_send:
-                index, part = to_send.popleft()
-                with seeded("bottom", index):
-                    at_trunk.extend(chunks_sent(remote, [lambda part=part: run(**part)]))
             elif coming_back and coming_back[0].sent.gradient_arrived():
                 _backward(coming_back.popleft().ticket, 1.0)
+            elif not at_trunk and ahead.run_one(run):
+                pass
             else:
                 oldest = [c[0].sent for c in (at_trunk, coming_back) if c]
                 remote.link.wait_any([sent.gradient or sent.output for sent in oldest])
@@ -119,6 +130,12 @@ def run_by_arrival(
             for name, value in whole.items()
         }
     )
+
+
+def _asked(at_trunk: deque[Chunk], coming_back: deque[Chunk]) -> int:
+    """Count the requests that have no answer yet."""
+    outputs = sum(not chunk.sent.output.arrived() for chunk in at_trunk)
+    return outputs + sum(not chunk.sent.gradient_arrived() for chunk in coming_back)
 
 
 @contextlib.contextmanager

@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 from transformers import TrainerCallback
 
+from cutlayer.client.ahead import look_ahead
 from cutlayer.client.model import SplitModel
 from cutlayer.client.pipeline import Objective
 from cutlayer.client.savepoints import keep_both_halves, load_both_halves
@@ -221,6 +222,7 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
     _tell_objective(driver, split)
     keep_both_halves(driver, split)
+    look_ahead(driver, split.comes)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
     return link._trunk

@@ -1,8 +1,9 @@
 """How long a training step takes at one number of micro-chunks, and which number is best.
 
-A step is replayed as the two sides do it: the client runs the top (loss and backward) of the
-chunk whose output has come back, else the next chunk's bottom, else the bottom's backward of a
-chunk whose gradient has come; the server computes one request at a time, in the order of arrival;
+A step is replayed as the two sides do it: the client runs the next chunk's bottom while the server
+has fewer than four requests to answer, else the top (loss and backward) of the chunk whose output
+has come back, else the next chunk's bottom, else the bottom's backward of a chunk whose gradient
+has come; the server computes one request at a time, in the order of arrival;
 each direction of the link carries one message at a time, and a message arrives half a round trip
 after its last byte has left. No network, no clock: numbers in, numbers out.
 
@@ -19,9 +20,21 @@ import math
 from collections import deque
 from dataclasses import dataclass, field
 
-__all__ = ["RESOURCES", "Path", "StepTime", "Work", "best_chunks", "chunk_counts", "step_seconds"]
+__all__ = [
+    "ENOUGH_ASKED",
+    "RESOURCES",
+    "Path",
+    "StepTime",
+    "Work",
+    "best_chunks",
+    "chunk_counts",
+    "step_seconds",
+]
 
 RESOURCES = ("client", "server", "up", "down", "rtt")
+
+ENOUGH_ASKED = 4
+"""So many unanswered requests keep the server busy while a top runs and a message travels."""
 
 CLOSE_ENOUGH = 1.01
 """Fewer chunks are taken where they are at most this much slower: each chunk has overheads."""
@@ -181,6 +194,7 @@ class _Replay:
         self._gradients: deque[_Done] = deque()
         self._asked: deque[tuple[str, _Done]] = deque()
         self._client_works = self._server_works = False
+        self._unanswered = 0
         self._answered: _Done | None = None
 
     def run(self) -> StepTime:
@@ -225,7 +239,8 @@ class _Replay:
         if self._client_works:
             return
         work, each_s = self._work, self._work.client_s_per_chunk
-        if self._outputs:
+        is_fed = not self._to_send or self._unanswered >= ENOUGH_ASKED
+        if self._outputs and is_fed:
             took_s, after, then = work.top_s, self._outputs.popleft(), "top_done"
             each_s /= 2
         elif self._to_send:
@@ -238,6 +253,7 @@ class _Replay:
         else:
             return
         self._client_works = True
+        self._unanswered += then != "back_done"
         self._at(self._lanes["client"].do(took_s / self._chunks + each_s, after), then)
 
     def _client_free(self, done: _Done) -> None:
@@ -256,10 +272,12 @@ class _Replay:
         self._client_free(done)
 
     def _output_came(self, done: _Done) -> None:
+        self._unanswered -= 1
         self._outputs.append(done)
         self._client_turn(done)
 
     def _gradient_came(self, done: _Done) -> None:
+        self._unanswered -= 1
         self._answered = done
         if self._work.bottom_backward_s:
             self._gradients.append(done)
