@@ -138,6 +138,7 @@ class Contestant:
             top_layers=self.spec["top_layers"],
             codec=self.spec.get("codec", "raw"),
             chunks=self.spec.get("chunks", 1),
+            lean_head=self.spec.get("lean_head", False),
             peft_config=self._lora(),
         )
         if self.spec.get("breakdown"):

@@ -45,10 +45,9 @@ def clients(
 ) -> tuple[dict[str, int], dict[str, int]]:
     """Return the peaks of all contestants, and what a client's parts weigh."""
 
-    def split(chunks: int = 1) -> Child:
-        return start_worker(
-            "split", workload, port=server.port, certificates=certificates, chunks=chunks, **CUT
-        )
+    def split(chunks: int = 1, **settings: Any) -> Child:
+        settings |= {"port": server.port, "certificates": certificates, "chunks": chunks, **CUT}
+        return start_worker("split", workload, **settings)
 
     peaks = {
         "imports": peak_of(start_worker("imports", workload), 0),
@@ -56,6 +55,7 @@ def clients(
         "client_loaded": peak_of(split(), 0),
         "client": peak_of(split(4), steps),
         "client_chunks_1": peak_of(split(), steps),
+        "client_lean": peak_of(split(4, lean_head=True), steps),
         "unsplit_lora": peak_of(start_worker("unsplit", workload), steps),
         "full_finetuning": peak_of(start_worker("full", workload), steps),
     }
@@ -126,6 +126,11 @@ def main() -> None:
         "client_over_unsplit_lora": client / peaks["unsplit_lora"],
         "client_over_full_finetuning": client / peaks["full_finetuning"],
         "tenant_over_state": _slope(holding) / (4 * adapter),
+        "client_lean_over_full_finetuning": peaks["client_lean"] / peaks["full_finetuning"],
+        "client_lean_over_full_finetuning_without_imports": (
+            (peaks["client_lean"] - peaks["imports"])
+            / (peaks["full_finetuning"] - peaks["imports"])
+        ),
         "client_over_loaded_model": client / peaks["loaded"],
         "client_chunks_1_over_own_weights_and_activations": peaks["client_chunks_1"] / own,
         "client_chunks_1_over_own_weights_activations_and_logit_gradients": (

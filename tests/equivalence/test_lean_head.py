@@ -8,12 +8,14 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import ConfigError, ProtocolError
+from cutlayer.privacy.transcript import TranscriptWriter
 from tests.equivalence.test_trl import logged, trainer_of
-from tests.site import Loop, Site, adapter_of, batch_of, site_of
+from tests.site import Loop, Site, adapter_of, batch_of, lora, site_of
 
 # What a product of fewer rows may round otherwise, in float32.
 RTOL, ATOL = 1e-5, 1e-6
@@ -137,6 +139,23 @@ def test_what_needs_logits_still_gets_them(wide: Site):
         split.train()
         del batch["labels"]
         assert split(**batch).logits.shape == expected.shape
+
+
+def test_a_head_that_is_trained_is_not_lean(wide: Site):
+    """Its gradient needs every logit: the option is refused, and not left out silently."""
+    with pytest.raises(ConfigError, match="not trained"):
+        wide.connect(lean_head=True, peft_config=lora(modules_to_save=["lm_head"]))
+
+
+def test_a_transcript_knows_the_labels(wide: Site, tmp_path: Path):
+    """The audit of a lean run compares with the truth, as of any other run."""
+    writer = TranscriptWriter(tmp_path / "transcript", sequences=8, facts={})
+    batch = answers_only(0)
+    with wide.connect(lean_head=True, transcript=writer) as split:
+        gradients(split, batch)
+    kept = [load_file(file) for file in sorted((tmp_path / "transcript").glob("*.safetensors"))]
+    labels = [tensors[n] for tensors in kept for n in tensors if "labels" in n]
+    assert any(torch.equal(found, batch["labels"]) for found in labels)
 
 
 def test_a_classifier_has_no_lean_head(wide: Site):

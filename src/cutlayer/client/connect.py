@@ -157,23 +157,23 @@ def connect(
         )
         reply = connection.open(asked)
         check_parameters(plan, connection)
+        remote.entry = watch_entry(ends, skeleton.anatomy)
+        remote.link = TrunkLink(connection, codec=codec)
+        remote.trains = bool(plan.trunk.targets)
+        remote.departures = Departures(defenses, ledger, transcript, codec)
+        defend_embedding(ends, defenses)
+        ends.requires_grad_(False)
+        split = _CLASSES[task](ends, ends_config(plan), ADAPTER)
+        seed_adapter(split, seed)
+        split.connection, split.remote_trunk, split.plan = connection, remote, plan
+        split.anatomy, split.cut, split.chunks = skeleton.anatomy, cut, chunks
+        split.ahead = Ahead(remote)
+        split.keeps_adapter = reply.keeps_adapter
+        split.lean_head = LeanHead(ends, remote, is_all=not top_layers) if lean_head else None
+        return split
     except BaseException:
         connection.close()
         raise
-    remote.entry = watch_entry(ends, skeleton.anatomy)
-    remote.link = TrunkLink(connection, codec=codec)
-    remote.trains = bool(plan.trunk.targets)
-    remote.departures = Departures(defenses, ledger, transcript, codec)
-    defend_embedding(ends, defenses)
-    head = LeanHead(ends, remote, is_all=not top_layers) if lean_head else None
-    ends.requires_grad_(False)
-    split = _CLASSES[task](ends, ends_config(plan), ADAPTER)
-    seed_adapter(split, seed)
-    split.connection, split.remote_trunk, split.plan = connection, remote, plan
-    split.anatomy, split.cut, split.chunks = skeleton.anatomy, cut, chunks
-    split.ahead = Ahead(remote)
-    split.keeps_adapter, split.lean_head = reply.keeps_adapter, head
-    return split
 
 
 def _check_books(defenses: Sequence[Defense], ledger: Ledger | None) -> None:

@@ -1,15 +1,16 @@
 """The LM head, run where there is a loss only.
 
 Of a small client's work the head is the most: its vocabulary is wide and the layers are few. But
-only positions with a label have a loss. Their hidden states are packed into one row, as long as
-there are labels in the batch; head and loss then run on that row, by TRL's head, which never holds
-all logits at once. Where the client keeps no layer above the cut, the trunk's output is asked for
-at these positions alone, and only their gradients leave.
+only positions with a label have a loss. The states there are scored in tiles by the family's own
+head, and the derivative of each token's log-probability by its state is found in the same pass: so
+no more logits than a tile's are ever held, and nothing is computed twice. Where the client keeps no
+layer above the cut, the trunk's output is asked for at these positions alone, and only their
+gradients leave.
 
 Equal to the whole head up to rounding: a matrix product of fewer rows may round otherwise.
 """
 
-# Shapes:  B batch   T tokens   D model width   N positions with a label
+# Shapes:  B batch   T tokens   D model width   V vocabulary   N positions with a label
 
 from __future__ import annotations
 
@@ -17,11 +18,11 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import CausalLMOutputWithPast
-from transformers.utils import ModelOutput
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
 from cutlayer.client.chunks import IGNORED_LABEL
 from cutlayer.client.remote_trunk import RemoteTrunk
@@ -29,12 +30,15 @@ from cutlayer.errors import ConfigError
 
 __all__ = ["LeanHead"]
 
+_TILE_BYTES = 16 << 20
+"""Of a tile's logits; a few times as much is held while a tile is scored."""
+
 
 class LeanHead:
     """Runs a causal LM whose head and loss see the labelled positions only."""
 
     def __init__(self, ends: PreTrainedModel, remote: RemoteTrunk, *, is_all: bool) -> None:
-        """Give the model TRL's head; before peft wraps it.
+        """Take a model whose adapter is in place.
 
         Args:
             ends: The client's parts.
@@ -42,74 +46,143 @@ class LeanHead:
             is_all: Whether the client has no layer above the cut.
 
         Raises:
-            ConfigError: If trl is not installed.
+            ConfigError: If the head is trained: its own gradient needs every logit.
         """
-        try:
-            from trl.trainer.utils import add_fused_lm_head
-        except ImportError as error:
-            raise ConfigError(
-                "lean_head scores the head in TRL's tiles and trl is not installed: "
-                "pip install 'cutlayer[train]'"
-            ) from error
-        add_fused_lm_head(ends)
+        head = ends.get_output_embeddings()
+        if head is None or any(parameter.requires_grad for parameter in head.parameters()):
+            raise ConfigError("lean_head is for an LM head that is not trained, and this one is")
         self._ends, self._remote = ends, remote
+        self._tile = max(1, _TILE_BYTES // (4 * len(head.weight)))
         # A layer above mixes positions; a defense of the gradient hides which of them have a label.
         self._asks_labelled_only = is_all and remote.departures.defense("upper cut") is None
 
-    def wraps(self, kwargs: Mapping[str, Any], *, training: bool) -> bool:
-        """Say whether a call's loss is all that is asked of it."""
+    def scores(self, kwargs: Mapping[str, Any], *, training: bool, by_trl: bool) -> bool:
+        """Say whether a call's loss is all that is asked of it.
+
+        Args:
+            kwargs: What the model is called with.
+            training: Whether it is in training; in evaluation, logits are wanted.
+            by_trl: Whether TRL's SFT loss is made of log-probabilities, at temperature 1.
+        """
         labels = kwargs.get("labels", kwargs.get("shift_labels"))
-        is_asked = training or bool(kwargs.get("fused_lm_head"))
-        return isinstance(labels, Tensor) and is_asked and not kwargs.get("output_hidden_states")
+        is_asked = by_trl if kwargs.get("fused_lm_head") else training
+        more = kwargs.get("output_hidden_states") or kwargs.get("output_router_logits")
+        router = getattr(self._ends.config.get_text_config(), "output_router_logits", False)
+        return isinstance(labels, Tensor) and is_asked and not (more or router)
 
     def run(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        """Run the model's forward; the output is of the shape that it has without us.
+        """Run the model's forward; what it returns has the shape that it has without us.
 
-        Where the model makes the loss itself the logits are `None`.
+        Where the model makes the loss itself, the logits are `None`.
         """
         is_shifted = kwargs.get("shift_labels") is not None
-        labels_BT = kwargs.pop("shift_labels", None) if is_shifted else kwargs["labels"]
+        labels_BT, shifted_BT = kwargs.pop("labels", None), kwargs.pop("shift_labels", None)
         if not is_shifted:
-            labels_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
-        kwargs.pop("shift_labels", None)
-        scored_BT = labels_BT != IGNORED_LABEL
-        if not scored_BT.any():
-            scored_BT[0, 0] = True  # something must be run, and its label says that it is ignored
-        # The model shifts labels by one: one to begin with, and one state more than is scored.
-        packed_1N = pad(labels_BT[scored_BT], (1, 0), value=IGNORED_LABEL)[None]
-        scores_itself = not kwargs.pop("fused_lm_head", False)
-        with self._packing(scored_BT):
-            output = run(*args, **{**kwargs, "labels": packed_1N, "fused_lm_head": True})
-        if scores_itself:
-            return CausalLMOutputWithPast(loss=output.loss)
-        end = None if is_shifted else -1
-        return type(output)(
-            **{name: _placed(value, scored_BT)[:, :end] for name, value in _rows(output)},
-            **{name: value for name, value in output.items() if value.dim() == 0},
+            shifted_BT = pad(labels_BT[:, 1:], (0, 1), value=IGNORED_LABEL)
+        items = kwargs.pop("num_items_in_batch", None)
+        by_trl = kwargs.pop("fused_lm_head", False)
+        scored_BT = shifted_BT != IGNORED_LABEL
+        truth = {"shift_labels": shifted_BT} if is_shifted else {"labels": labels_BT}
+        with self._calling(scored_BT, truth), self._without_head(scored_BT) as states:
+            run(*args, **kwargs)
+        log_probs_N, entropy_N, is_top_N = _Scored.apply(
+            states[0], shifted_BT[scored_BT], self._logits, self._tile
         )
+        loss = -log_probs_N.sum() / (max(len(log_probs_N), 1) if items is None else items)
+        if not by_trl:
+            return CausalLMOutputWithPast(loss=loss)
+        from trl.trainer.utils import FusedCausalLMOutput
+
+        end = None if is_shifted else -1
+        rows = {"log_probs": log_probs_N, "entropy": entropy_N, "is_top1": is_top_N}
+        placed = {name: _placed(value_N, scored_BT)[:, :end] for name, value_N in rows.items()}
+        return FusedCausalLMOutput(loss=loss, label_mask=scored_BT[:, :end], **placed)
 
     @contextlib.contextmanager
-    def _packing(self, scored_BT: Tensor) -> Iterator[None]:
-        def pack(_module: Any, _args: Any, output: Any) -> Any:
-            states_BTD = output.last_hidden_state
-            states_ND = states_BTD[scored_BT.to(states_BTD.device)]
-            output.last_hidden_state = pad(states_ND, (0, 0, 0, 1))[None]
-            return output
-
-        hook = self._ends.base_model.register_forward_hook(pack)
+    def _calling(self, scored_BT: Tensor, truth: dict[str, Tensor]) -> Iterator[None]:
+        """While open, the trunk is asked for what is scored, and a transcript knows the labels."""
+        self._remote.entry.withheld = truth
         if self._asks_labelled_only:
-            self._remote.wanted_N = scored_BT.flatten().nonzero()[:, 0]
+            positions_N = scored_BT.flatten().nonzero()[:, 0]
+            # Something must come back, be it of no use.
+            self._remote.wanted_N = positions_N if len(positions_N) else positions_N.new_zeros(1)
         try:
             yield
         finally:
+            self._remote.wanted_N, self._remote.entry.withheld = None, {}
+
+    @contextlib.contextmanager
+    def _without_head(self, scored_BT: Tensor) -> Iterator[list[Tensor]]:
+        """While open, a forward leaves the states to be scored here, and its head sees one row."""
+        states: list[Tensor] = []
+
+        def take(_module: Any, _args: Any, output: Any) -> Any:
+            states_BTD = output.last_hidden_state
+            states.append(states_BTD[scored_BT.to(states_BTD.device)])
+            output.last_hidden_state = states_BTD[:1, :1].detach()
+            return output
+
+        hook = self._ends.base_model.register_forward_hook(take)
+        try:
+            yield states
+        finally:
             hook.remove()
-            self._remote.wanted_N = None
+
+    def _logits(self, states_ND: Tensor) -> Tensor:
+        """Return the logits of states, scaled and capped as the family does it."""
+        backbone = self._ends.base_model
+        output = BaseModelOutputWithPast(last_hidden_state=states_ND[None])
+        backbone.forward = lambda *_args, **_kwargs: output
+        try:
+            tokens_1N = torch.zeros(1, len(states_ND), dtype=torch.long, device=states_ND.device)
+            # Not by a call, which would be taken for another entry into the model.
+            logits_1NV: Tensor = self._ends.forward(input_ids=tokens_1N, use_cache=False).logits
+        finally:
+            del backbone.forward  # the class's own again
+        return logits_1NV[0]
 
 
-def _rows(output: ModelOutput) -> list[tuple[str, Tensor]]:
-    return [(name, value) for name, value in output.items() if value.dim() == 2]
+class _Scored(torch.autograd.Function):
+    """Log-probability, entropy and being the likeliest, of each label given its state."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        states_ND: Tensor,
+        labels_N: Tensor,
+        logits_of: Callable[[Tensor], Tensor],
+        tile: int,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        labels_N = labels_N.to(states_ND.device)
+        log_probs_N = states_ND.new_zeros(len(labels_N), dtype=torch.float32)
+        entropy_N, is_top_N = torch.zeros_like(log_probs_N), torch.zeros_like(labels_N).bool()
+        slope_ND = torch.zeros_like(states_ND)
+        for start in range(0, len(labels_N), tile):
+            span = slice(start, start + tile)
+            with torch.enable_grad():
+                states = states_ND[span].detach().requires_grad_()
+                logits = logits_of(states)
+            label, values = labels_N[span, None], logits.detach().float()
+            log_z = values.logsumexp(-1, keepdim=True)
+            chosen, likeliest = values.gather(1, label), values.amax(-1, keepdim=True)
+            log_probs_N[span] = (chosen - log_z)[:, 0]
+            is_top_N[span] = (chosen >= likeliest)[:, 0]
+            probs = (values - log_z).exp_()
+            entropy_N[span] = (log_z - (probs * values).sum(-1, keepdim=True))[:, 0]
+            # The derivative of a label's log-probability by the logits: 1 at the label, less p.
+            probs.neg_().scatter_add_(1, label, torch.ones_like(chosen))
+            (slope_ND[span],) = torch.autograd.grad(logits, states, probs.to(logits.dtype))
+        ctx.save_for_backward(slope_ND)
+        ctx.mark_non_differentiable(entropy_N, is_top_N)
+        return log_probs_N, entropy_N, is_top_N
+
+    @staticmethod
+    def backward(ctx: Any, grad_N: Tensor, *_: Any) -> tuple[Tensor, None, None, None]:
+        (slope_ND,) = ctx.saved_tensors
+        return slope_ND * grad_N[:, None].to(slope_ND.dtype), None, None, None
 
 
-def _placed(packed_1N: Tensor, scored_BT: Tensor) -> Tensor:
+def _placed(values_N: Tensor, scored_BT: Tensor) -> Tensor:
     """Return the values at their positions, and zero elsewhere."""
-    return packed_1N.new_zeros(scored_BT.shape).masked_scatter(scored_BT, packed_1N[0])
+    whole_BT = values_N.new_zeros(scored_BT.shape)
+    return whole_BT.masked_scatter(scored_BT.to(values_N.device), values_N)

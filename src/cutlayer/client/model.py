@@ -79,7 +79,9 @@ class SplitModel:
         """
         rows = rows_in(kwargs)
         run = super().forward  # type: ignore[misc]
-        if self.lean_head and self.lean_head.wraps(kwargs, training=self.training):  # type: ignore[attr-defined]
+        training: bool = self.training  # type: ignore[attr-defined]
+        by_trl = self.objective is not None
+        if self.lean_head and self.lean_head.scores(kwargs, training=training, by_trl=by_trl):
             run = functools.partial(self.lean_head.run, run)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
         if whole or not torch.is_grad_enabled():

@@ -27,6 +27,8 @@ class Entry:
     carried: dict[str, Tensor] = field(default_factory=dict)
     truth: dict[str, Tensor] = field(default_factory=dict)
     """Tokens and labels as the model was called with them; they stay at the client."""
+    withheld: dict[str, Tensor] = field(default_factory=dict)
+    """What belongs to the truth though the model is now called without it."""
     depth: int = 0
 
 
@@ -57,7 +59,8 @@ def watch_entry(model: nn.Module, anatomy: Anatomy) -> Entry:
                         f"{name}=True cannot be answered: the trunk's layers are remote"
                     )
             entry.carried = {k: given[k] for k in CARRIED if isinstance(given.get(k), Tensor)}
-            entry.truth = {k: given[k] for k in _TRUTH if isinstance(given.get(k), Tensor)}
+            truth = {k: given[k] for k in _TRUTH if isinstance(given.get(k), Tensor)}
+            entry.truth = {**entry.withheld, **truth}
 
         def leave(_module: nn.Module, _args: Any, _output: Any) -> None:
             entry.depth -= 1
