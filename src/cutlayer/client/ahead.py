@@ -189,6 +189,7 @@ _DRAW_NOTHING = (
 
 def _draws_nothing(trainer: Any) -> bool:
     kind = type(trainer.data_collator)
+    # Of `datasets`, and without a transform that may draw: any other may draw what it likes.
     form = getattr(trainer.train_dataset, "format", None)
-    is_made_anew = isinstance(form, dict) and form.get("type") == "custom"
-    return (kind.__module__, kind.__name__) in _DRAW_NOTHING and not is_made_anew
+    is_as_stored = isinstance(form, dict) and form.get("type") != "custom"
+    return (kind.__module__, kind.__name__) in _DRAW_NOTHING and is_as_stored
