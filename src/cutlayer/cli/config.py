@@ -55,8 +55,8 @@ class SplitConfig:
     """What the server must prove before anything is sent to it, a JSON file."""
     codec: str = "raw"
     """How activations and gradients are written on the wire."""
-    chunks: int = 1
-    """Micro-chunks of a training batch."""
+    chunks: int | str = 1
+    """Micro-chunks of a training batch, or `auto`."""
     lean_head: bool = False
     """Run the LM head at labelled positions only."""
     train: list[str] | None = None

@@ -94,6 +94,7 @@ def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
         "received_bytes": traffic.received_bytes,
         "waited_s": traffic.waited_s,
         "trunk_s": traffic.trunk_s,
+        "chunks": model.chunks,
         "attestation": str(model.connection.claims or "none asked for"),
     }
 

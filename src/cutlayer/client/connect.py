@@ -18,6 +18,7 @@ from cutlayer.client.head import LeanHead
 from cutlayer.client.link import TrunkLink
 from cutlayer.client.model import SplitModelForCausalLM, SplitModelForSequenceClassification
 from cutlayer.client.remote_trunk import RemoteTrunk
+from cutlayer.client.tuning import chunks_or_tuning
 from cutlayer.errors import ConfigError
 from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
@@ -66,7 +67,7 @@ def connect(
     plaintext: bool = False,
     attestation_policy: str | Path | None = None,
     codec: str = "raw",
-    chunks: int = 1,
+    chunks: int | str = 1,
     lean_head: bool = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
@@ -107,7 +108,7 @@ def connect(
         plaintext: Use no TLS: everybody on the way reads what is sent.
         attestation_policy: What the server must prove before anything is sent to it, a JSON file.
         codec: How activations and gradients are written; `raw` is bit-exact.
-        chunks: Into how many micro-chunks a training batch is cut; 1 is bit-exact.
+        chunks: Micro-chunks of a training batch; 1 is bit-exact, `auto` finds the best number.
         lean_head: Run the LM head at labelled positions only, in tiles; exact up to rounding.
         gradient_checkpointing: Let the trunk keep layer inputs only and compute the rest again.
         seed: Seed of the LoRA's start and of the trunk's dropout.
@@ -166,8 +167,8 @@ def connect(
         split = _CLASSES[task](ends, ends_config(plan), ADAPTER)
         seed_adapter(split, seed)
         split.connection, split.remote_trunk, split.plan = connection, remote, plan
-        split.anatomy, split.cut, split.chunks = skeleton.anatomy, cut, chunks
-        split.ahead = Ahead(remote)
+        split.anatomy, split.cut, split.ahead = skeleton.anatomy, cut, Ahead(remote)
+        split.chunks, split.tuning = chunks_or_tuning(chunks, connection)
         split.keeps_adapter = reply.keeps_adapter
         split.lean_head = LeanHead(ends, remote, is_all=not top_layers) if lean_head else None
         return split
@@ -181,14 +182,14 @@ def _check_books(defenses: Sequence[Defense], ledger: Ledger | None) -> None:
         raise ConfigError("a defense with a guarantee needs a ledger that books what leaves")
 
 
-def _check(codec: str, chunks: int, dtype: str, lean_head_of: str | bool) -> None:
+def _check(codec: str, chunks: int | str, dtype: str, lean_head_of: str | bool) -> None:
     faults = []
     if lean_head_of not in (False, "causal-lm"):
         faults.append(f"lean_head is for a causal-lm: the head of '{lean_head_of}' is small")
     if codec not in CODECS:
         faults.append(f"codec '{codec}' is unknown: one of {', '.join(CODECS)}")
-    if chunks < 1:
-        faults.append(f"chunks={chunks} must be at least 1")
+    if chunks != "auto" and (isinstance(chunks, str) or chunks < 1):
+        faults.append(f"chunks={chunks} must be a number of at least 1, or 'auto'")
     if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
         faults.append(f"dtype '{dtype}' is unknown: float32, bfloat16 or float16")
     if faults:

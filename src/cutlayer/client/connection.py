@@ -258,6 +258,7 @@ class Connection:
                 pending.future.set_exception(error)
             return None
         self.traffic.trunk_s += head.done.compute_s
+        self.traffic.trunk_forward_s += head.done.compute_s if "trunk_out" in tensors else 0.0
         self.traffic.queued_s += head.done.queue_s
         if pending is not None:
             pending.future.set_result(tensors)

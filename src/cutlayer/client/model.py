@@ -27,6 +27,7 @@ from cutlayer.client.handshake import check_adapter
 from cutlayer.client.head import LeanHead
 from cutlayer.client.pipeline import Objective, run_by_arrival
 from cutlayer.client.remote_trunk import RemoteTrunk, chunks_sent
+from cutlayer.client.tuning import Laps, Tuning
 from cutlayer.errors import ConfigError, Refused
 from cutlayer.split.adapters import (
     ADAPTER,
@@ -56,6 +57,8 @@ class SplitModel:
         lean_head: Runs the head at labelled positions only, if that was asked for.
         ahead: Bottoms that were run before their batch came.
         coming: The arguments of the next training forward, where they are known.
+        tuning: Finds `chunks` in the first steps, if that was asked for.
+        laps: The seconds of the last batch that was done by arrival.
     """
 
     connection: Connection
@@ -69,6 +72,8 @@ class SplitModel:
     lean_head: LeanHead | None = None
     ahead: Ahead
     coming: Mapping[str, Any] | None = None
+    tuning: Tuning | None = None
+    laps: Laps | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
@@ -83,6 +88,8 @@ class SplitModel:
         by_trl = self.objective is not None
         if self.lean_head and self.lean_head.scores(kwargs, training=training, by_trl=by_trl):
             run = functools.partial(self.lean_head.run, run)
+        if self.tuning and self.training and torch.is_grad_enabled() and rows > 1:  # type: ignore[attr-defined]
+            self.chunks = self.tuning.chunks_for(rows, self.laps)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
         if whole or not torch.is_grad_enabled():
             return run(*args, **kwargs)
@@ -92,6 +99,7 @@ class SplitModel:
         trained = [p for p in self.parameters() if p.requires_grad]  # type: ignore[attr-defined]
         if objective and (trained or self.remote_trunk.trains):
             self.ahead.begin(self._parts_of_coming(kwargs))
+            self.laps = Laps()
             return run_by_arrival(
                 run,
                 parts,
@@ -100,6 +108,7 @@ class SplitModel:
                 objective=objective,
                 top_only=top_only,
                 ahead=self.ahead,
+                laps=self.laps,
             )
         on_their_way = chunks_sent(
             self.remote_trunk, [functools.partial(run, **part) for part in parts]

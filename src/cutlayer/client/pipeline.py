@@ -31,6 +31,7 @@ from torch import Tensor, nn
 from cutlayer.client.ahead import Ahead
 from cutlayer.client.chunks import joined, weight_of
 from cutlayer.client.remote_trunk import Chunk, Hold, RemoteTrunk, chunks_sent
+from cutlayer.client.tuning import Laps
 from cutlayer.errors import ConfigError
 from cutlayer.split.schedule import ENOUGH_ASKED
 
@@ -68,6 +69,7 @@ def run_by_arrival(
     objective: Objective,
     top_only: Callable[[], contextlib.AbstractContextManager[None]],
     ahead: Ahead,
+    laps: Laps,
 ) -> Any:
     """Return the output of the whole batch, whose gradients are found already.
 
@@ -79,6 +81,7 @@ def run_by_arrival(
         objective: What the loss is made of.
         top_only: While open, a forward of the model is the top's alone.
         ahead: Bottoms that were run before, and which are to be run now for later.
+        laps: Gets the seconds of this batch.
 
     Raises:
         NotFinite: If an activation or a gradient is NaN or infinite.
@@ -99,6 +102,7 @@ def run_by_arrival(
                 index, part = to_send.popleft()
                 with seeded("bottom", index):
                     at_trunk.extend(chunks_sent(remote, [ahead.bottom_of(part, run, top_only)]))
+                laps.lap("bottom")
             elif has_come:
                 chunk, index = at_trunk.popleft(), len(outputs)
                 chunk.sent.hold, chunk.sent.wants_norms = hold.number, index == last
@@ -109,13 +113,16 @@ def run_by_arrival(
                     if chunk.ticket.requires_grad:
                         coming_back.append(chunk)
                 outputs.append(_detached(output))
+                laps.lap("top")
             elif coming_back and coming_back[0].sent.gradient_arrived():
                 _backward(coming_back.popleft().ticket, 1.0)
+                laps.lap("bottom_backward")
             elif not at_trunk and ahead.run_one(run):
-                pass
+                laps.lap("ahead")
             else:
                 oldest = [c[0].sent for c in (at_trunk, coming_back) if c]
                 remote.link.wait_any([sent.gradient or sent.output for sent in oldest])
+                laps.lap("waiting")
         hold.closed()
     is_mean = parts[0].get("num_items_in_batch") is None
     whole = joined(outputs, weights, loss_is_mean=is_mean)

@@ -23,6 +23,8 @@ class Traffic:
     waited_s: float = 0.0
     trunk_s: float = 0.0
     """Seconds that the trunk computed for us."""
+    trunk_forward_s: float = 0.0
+    """Those of them that were forwards."""
     queued_s: float = 0.0
     """Seconds that our requests waited for the trunk's turn."""
     resent: int = 0

@@ -53,7 +53,8 @@ def keep_both_halves(trainer: Any, model: SplitModel) -> None:
         try:
             (folder / RECORD).unlink(missing_ok=True)
             save(*args, **kwargs)
-            _commit(folder, {"run": model.connection.run, "step": step})
+            found = {"chunks": model.tuning.found} if model.tuning else {}
+            _commit(folder, {"run": model.connection.run, "step": step, **found})
         except (OSError, SafetensorError, RuntimeError) as error:
             if not _is_of_storage(error):
                 raise
@@ -90,7 +91,10 @@ def load_both_halves(trainer: Any, model: SplitModel, step: int) -> None:
     record = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / RECORD
     run = ""
     if record.is_file():
-        run = str(json.loads(record.read_text()).get("run", ""))
+        told = json.loads(record.read_text())
+        run = str(told.get("run", ""))
+        if model.tuning and told.get("chunks"):
+            model.tuning.fix(int(told["chunks"]))  # another number would round otherwise
     head = pb.Head(load_state=pb.LoadState(step=step, run=run))
     model.connection.request(head).wait()
     model.remote_trunk.step = step

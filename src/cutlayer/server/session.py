@@ -118,10 +118,11 @@ class Session:
             log.exception("session of tenant %s: request failed", self.tenant)
             head.failure.code, head.failure.message = told_of(error)
             return self._remember(head, [])
-        head.done.compute_s = time.monotonic() - started_s
+        parts = attach_tensors(head, tensors, codecs=self._codecs(tensors))
+        head.done.compute_s = time.monotonic() - started_s  # reading and writing tensors is in it
         head.done.queue_s = started_s - arrived_s
         head.done.durable = self.durable
-        return self._remember(head, attach_tensors(head, tensors, codecs=self._codecs(tensors)))
+        return self._remember(head, parts)
 
     def _codecs(self, tensors: dict[str, Tensor]) -> dict[str, str]:
         return {name: self.codec for name in ("trunk_out", "gradient") if name in tensors}
