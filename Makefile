@@ -14,8 +14,9 @@ demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real wei
 report: $(VENV)/.installed $(VENV)/.browser ## the report of a finished demo, for docs/report
 	$(BIN)/python recipes/report_of_demo.py
 
-test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd ## everything that CI runs
+test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd $(VENV)/.quantized ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence
 
 check: $(VENV)/.installed ## style, types, floors
 	$(BIN)/ruff check .
@@ -59,6 +60,12 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) torch
 	$(PIP) --editable ".[train,server,audit,dp,attest]" gguf
 	$(PIP) --group dev
+	touch $@
+
+# peft imports torchao wherever it finds it, and torchao tells of every kernel that it lacks: so it
+# stands apart.
+$(VENV)/.quantized: $(VENV)/.installed
+	$(PIP) --no-deps --target $(VENV)/quantized torchao
 	touch $@
 
 # The report's tests look at it in a real browser, which comes from the system.

@@ -48,7 +48,7 @@ def trained(site: Site, run: str) -> Any:
     loop = Loop.over(model)
     for step in (1, 2):
         loop.step(batch_of(step))
-        model.remote_trunk.link.request(pb.Head(save_state=pb.SaveState(step=step))).wait()
+        model.connection.request(pb.Head(save_state=pb.SaveState(step=step))).wait()
     return model
 
 

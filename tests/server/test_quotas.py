@@ -162,7 +162,7 @@ def test_saved_states(model: Any):
     """A state that would take more than the quota is refused; one within it is saved."""
     Loop.over(model).step(batch_of(1))
     model.limit(checkpoint_bytes=1000)
-    save = model.remote_trunk.link.request
+    save = model.connection.request
     with pytest.raises(OverQuota, match=r"\d+ bytes of saved states .* quota of 1000"):
         save(pb.Head(save_state=pb.SaveState(step=1))).wait()
     model.limit(checkpoint_bytes=10_000_000)

@@ -30,7 +30,7 @@ def test_a_run_leaves_its_events_with_sizes(folder_of: Any, certs: Path, tmp_pat
         site.connect(token="cutlayer_made-up", run="mine")
     model = site.connect(token=token, run="mine")
     Loop.over(model).step(batch_of(1))
-    model.remote_trunk.link.request(_save_state(1)).wait()
+    model.connection.request(_save_state(1)).wait()
     adapter = model.whole_adapter()
     model.close()
     assert main(["tenants", "revoke", "ward-a", "--state_dir", str(tmp_path)]) == 0

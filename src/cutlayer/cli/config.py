@@ -59,6 +59,8 @@ class SplitConfig:
     """Micro-chunks of a training batch, or `auto`."""
     lean_head: bool = False
     """Run the LM head at labelled positions only."""
+    quantization: str = ""
+    """How the server's trunk is stored: `int8`, `float8`, or as its weights are."""
     train: list[str] | None = None
     """Parts on which the LoRA is; by default all that the privacy profile allows."""
     privacy_profile: str = "open"

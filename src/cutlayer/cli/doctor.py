@@ -93,6 +93,7 @@ def _proof(settings: Run, model: Any, given: dict[str, Any]) -> dict[str, Any]:
 
     from cutlayer.split.adapters import seed_adapter
     from cutlayer.split.loading import model_class, open_checkpoint
+    from cutlayer.split.quantized import quantize_trunk
     from cutlayer.wire.tensors import DTYPES
 
     checkpoint = open_checkpoint(given["model"], revision=given["revision"])
@@ -100,6 +101,7 @@ def _proof(settings: Run, model: Any, given: dict[str, Any]) -> dict[str, Any]:
     whole = model_class(checkpoint.config, given["task"]).from_pretrained(
         given["model"], revision=given["revision"], dtype=DTYPES[given["dtype"]], **attention
     )
+    quantize_trunk(whole, model.anatomy, model.cut, given["quantization"])
     config = model.plan.config
     unsplit = get_peft_model(whole, config) if given["peft_config"] is not None else whole
     seed_adapter(unsplit, given["seed"])

@@ -59,6 +59,7 @@ def connect(
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    quantization: str = "",
     ca: str | Path | None = None,
     cert: str | Path | None = None,
     key: str | Path | None = None,
@@ -100,6 +101,7 @@ def connect(
         revision: The model's revision on the hub.
         dtype: dtype of the base weights, the same at the server.
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
+        quantization: How the server's trunk is stored, `int8` or `float8`; not at all by default.
         ca: The authority that signed the server's certificate.
         cert: Our certificate, for mutual TLS.
         key: The key of our certificate.
@@ -147,9 +149,9 @@ def connect(
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         settings = {"config": checkpoint.config, "dtype": DTYPES[dtype], **attention}
         ends = load_ends(checkpoint, skeleton, cut, remote, **settings)
-        agreement = agreement_of(checkpoint, skeleton, cut, task, dtype, ends)
+        held = {"task": task, "dtype": dtype, "quantization": quantization, "ends": ends}
         asked = pb.OpenSessionRequest(
-            agreement=agreement,
+            agreement=agreement_of(checkpoint, skeleton, cut, **held),
             lora=spec_of(plan),
             run=run or f"run-{uuid.uuid4().hex[:12]}",
             codec=codec,

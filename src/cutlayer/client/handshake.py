@@ -21,7 +21,14 @@ __all__ = ["agreement_of", "check_adapter", "check_parameters", "spec_of"]
 
 
 def agreement_of(
-    checkpoint: Checkpoint, skeleton: Skeleton, cut: Cut, task: str, dtype: str, ends: Any
+    checkpoint: Checkpoint,
+    skeleton: Skeleton,
+    cut: Cut,
+    *,
+    task: str,
+    dtype: str,
+    quantization: str,
+    ends: Any,
 ) -> pb.Agreement:
     """Return what we hold, for the server to compare with what it holds."""
     return pb.Agreement(
@@ -37,6 +44,7 @@ def agreement_of(
         upper=cut.upper,
         dtype=dtype,
         attn_implementation=ends.config._attn_implementation or "",
+        quantization=quantization,
     )
 
 

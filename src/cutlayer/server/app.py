@@ -34,6 +34,7 @@ from cutlayer.split.loading import (
     open_checkpoint,
     skeleton_of,
 )
+from cutlayer.split.quantized import quantize_trunk
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import PROTOCOL
 from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES
@@ -80,6 +81,7 @@ def make_server(
     revision: str | None = None,
     dtype: str = "float32",
     attn_implementation: str | None = None,
+    quantization: str = "",
     device: str = "cpu",
     keep_adapter: bool = False,
     auth: str = "none",
@@ -102,6 +104,7 @@ def make_server(
         revision: The model's revision on the hub.
         dtype: The trunk's dtype.
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
+        quantization: Store the trunk's linear weights in 8 bits, `int8` or `float8`.
         device: Where the trunk computes.
         keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
         auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
@@ -126,7 +129,9 @@ def make_server(
     )
     settings = {"attn_implementation": attn_implementation} if attn_implementation else {}
     loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
-    trunk = SharedTrunk(loaded.to(torch.device(device)), skeleton.anatomy, cut)  # type: ignore[arg-type]
+    loaded.to(torch.device(device))  # type: ignore[arg-type]
+    quantize_trunk(loaded, skeleton.anatomy, cut, quantization)
+    trunk = SharedTrunk(loaded, skeleton.anatomy, cut)
     agreement = pb.Agreement(
         protocol=PROTOCOL,
         transformers_major=transformers.__version__.partition(".")[0],
@@ -140,6 +145,7 @@ def make_server(
         upper=cut.upper,
         dtype=dtype,
         attn_implementation=loaded.config._attn_implementation or "",
+        quantization=quantization,
     )
     journal = Journal(state_dir)
     register = Register(journal)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
 from cutlayer.wire import cutlayer_pb2 as pb
 
@@ -99,11 +100,10 @@ class Memory:
             yield
         else:
             seen: dict[int, int] = {}
-            shared = {_storage(tensor) for tensor in self._weights()}
+            shared = {at for tensor in self._weights() for at in _storages(tensor)}
 
             def pack(tensor: Tensor) -> Tensor:
-                if _storage(tensor) not in shared:
-                    seen[_storage(tensor)] = tensor.untyped_storage().nbytes()
+                seen.update({k: v for k, v in _storages(tensor).items() if k not in shared})
                 # Not the tensor itself: of an output that would be a cycle, and never be freed.
                 return tensor.detach()
 
@@ -119,5 +119,10 @@ class Memory:
         return (*model.parameters(), *model.buffers())
 
 
-def _storage(tensor: Tensor) -> int:
-    return tensor.untyped_storage().data_ptr()
+def _storages(tensor: Tensor) -> dict[int, int]:
+    """Return the bytes of what a tensor lies in, by address; a quantized one lies in several."""
+    if is_traceable_wrapper_subclass(tensor):
+        inner = [getattr(tensor, name) for name in tensor.__tensor_flatten__()[0]]
+        return {at: size for each in inner for at, size in _storages(each).items()}
+    storage = tensor.untyped_storage()
+    return {storage.data_ptr(): storage.nbytes()}

@@ -18,6 +18,7 @@ _REMEDIES = {
     "num_layers": "name the same model on both sides",
     "dtype": "use the same --dtype on both sides",
     "attn_implementation": "use the same --attn_implementation on both sides",
+    "quantization": "name what the server's trunk has (split_quantization, serve --quantization)",
 }
 
 

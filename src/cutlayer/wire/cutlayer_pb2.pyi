@@ -7,7 +7,7 @@ from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 DESCRIPTOR: _descriptor.FileDescriptor
 
 class Agreement(_message.Message):
-    __slots__ = ("protocol", "transformers_major", "task", "model_type", "revision", "config_digest", "layer_digests", "num_layers", "lower", "upper", "dtype", "attn_implementation")
+    __slots__ = ("protocol", "transformers_major", "task", "model_type", "revision", "config_digest", "layer_digests", "num_layers", "lower", "upper", "dtype", "attn_implementation", "quantization")
     class LayerDigestsEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -27,6 +27,7 @@ class Agreement(_message.Message):
     UPPER_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     ATTN_IMPLEMENTATION_FIELD_NUMBER: _ClassVar[int]
+    QUANTIZATION_FIELD_NUMBER: _ClassVar[int]
     protocol: int
     transformers_major: str
     task: str
@@ -39,7 +40,8 @@ class Agreement(_message.Message):
     upper: int
     dtype: str
     attn_implementation: str
-    def __init__(self, protocol: _Optional[int] = ..., transformers_major: _Optional[str] = ..., task: _Optional[str] = ..., model_type: _Optional[str] = ..., revision: _Optional[str] = ..., config_digest: _Optional[str] = ..., layer_digests: _Optional[_Mapping[int, str]] = ..., num_layers: _Optional[int] = ..., lower: _Optional[int] = ..., upper: _Optional[int] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ...) -> None: ...
+    quantization: str
+    def __init__(self, protocol: _Optional[int] = ..., transformers_major: _Optional[str] = ..., task: _Optional[str] = ..., model_type: _Optional[str] = ..., revision: _Optional[str] = ..., config_digest: _Optional[str] = ..., layer_digests: _Optional[_Mapping[int, str]] = ..., num_layers: _Optional[int] = ..., lower: _Optional[int] = ..., upper: _Optional[int] = ..., dtype: _Optional[str] = ..., attn_implementation: _Optional[str] = ..., quantization: _Optional[str] = ...) -> None: ...
 
 class AttestRequest(_message.Message):
     __slots__ = ("nonce",)
