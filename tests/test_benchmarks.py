@@ -56,6 +56,14 @@ def test_a_greedy_tenant_gets_no_more_than_its_share(tmp_path: Path):
     assert figures["greedy_share_over_fair"] <= 1.25
 
 
+def test_a_plan_is_near_what_a_run_takes(tmp_path: Path):
+    """Memory and bytes of real processes are within 5% of what was predicted of them."""
+    figures = figures_of("plan", tmp_path / "plan.json")
+
+    assert figures["memory_error"] < 0.05
+    assert figures["bytes_error"] < 0.05
+
+
 def test_figures_of_an_earlier_commit_are_kept_until_their_source_changes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):

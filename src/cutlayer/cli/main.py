@@ -24,6 +24,7 @@ VERBS = {
     "audit-log": "check that nobody changed a server's audit log",
     "tenants": "add, list, rotate and revoke those who may use this server",
     "preview": "show what a run would train on, send and need; nothing is sent",
+    "plan": "predict memory, bytes and time of every cut of a model, and recommend one",
     "doctor": "check server, certificates, versions, weights, cut and link before a run",
     "train": "fine-tune through the split",
     "audit": "measure what the server can read of one's own data; nothing is sent",
@@ -108,6 +109,8 @@ def _missing_extra(error: ModuleNotFoundError, verb: str) -> CutlayerError:
     from cutlayer.errors import ConfigError
 
     extra = {"serve": "server", "tenants": "server", "audit": "train,audit,dp"}.get(verb, "train")
+    if error.name == "matplotlib":
+        extra = "plot"
     if error.name in ("scipy", "dp_accounting", "opacus"):
         extra = "dp" if verb != "audit" else extra
     return ConfigError(

@@ -93,6 +93,10 @@ class StepTime:
     """How long client, server, up and down work in a step."""
     chain_s: dict[str, float] = field(default_factory=dict)
     """The same along the longest chain of waits, the round trip included; sums to `seconds`."""
+    bottoms_held: int = 1
+    """Chunks whose bottom's graph the client holds at once, at most."""
+    trunks_held: int = 1
+    """Chunks whose graph the server holds at once, at most."""
 
     @property
     def binds(self) -> str:
@@ -196,6 +200,7 @@ class _Replay:
         self._client_works = self._server_works = False
         self._unanswered = 0
         self._answered: _Done | None = None
+        self._held = {"bottoms": [0, 0], "trunks": [0, 0]}  # now, and at most
 
     def run(self) -> StepTime:
         """Replay it all."""
@@ -211,7 +216,12 @@ class _Replay:
             chain_s[at.resource] += at.took_s
             at = at.after
         busy_s = {name: lane.busy_s for name, lane in self._lanes.items()}
-        return StepTime(self._chunks, end.end_s, busy_s, chain_s)
+        held = {f"{what}_held": most for what, (_now, most) in self._held.items()}
+        return StepTime(self._chunks, end.end_s, busy_s, chain_s, **held)
+
+    def _holds(self, what: str, more: int) -> None:
+        now, most = self._held[what]
+        self._held[what] = [now + more, max(most, now + more)]
 
     def _stepped(self) -> _Done:
         """Let both optimizers step; the next step's first request waits for the trunk's alone."""
@@ -245,6 +255,7 @@ class _Replay:
             each_s /= 2
         elif self._to_send:
             self._to_send -= 1
+            self._holds("bottoms", 1)
             took_s, then = work.bottom_s, "bottom_done"
             each_s /= 2
         elif self._gradients:
@@ -269,6 +280,7 @@ class _Replay:
         self._client_free(done)
 
     def _back_done(self, done: _Done) -> None:
+        self._holds("bottoms", -1)
         self._client_free(done)
 
     def _output_came(self, done: _Done) -> None:
@@ -279,6 +291,8 @@ class _Replay:
     def _gradient_came(self, done: _Done) -> None:
         self._unanswered -= 1
         self._answered = done
+        if not self._work.bottom_backward_s:
+            self._holds("bottoms", -1)
         if self._work.bottom_backward_s:
             self._gradients.append(done)
             self._client_turn(done)
@@ -297,6 +311,7 @@ class _Replay:
         if self._server_works or not self._asked:
             return
         kind, asked = self._asked.popleft()  # in the order of arrival
+        self._holds("trunks", 1 if kind == "forward" else 0)
         self._server_works = True
         took_s = getattr(self._work, f"trunk_{kind}_s") / self._chunks
         each_s = self._work.server_s_per_chunk / 2
@@ -311,5 +326,6 @@ class _Replay:
         self._server_free()
 
     def _backward_done(self, done: _Done) -> None:
+        self._holds("trunks", -1)
         self._send("down", self._work.gradient_down_bytes, done, "gradient_came")
         self._server_free()
