@@ -8,7 +8,7 @@ import os
 import re
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,11 +20,17 @@ class Child:
     """A process of ours that answers one JSON line for each that it is sent."""
 
     def __init__(
-        self, module: str, spec: Mapping[str, Any], *, threads: int, passive: bool = False
+        self,
+        module: str,
+        spec: Mapping[str, Any],
+        *,
+        threads: int,
+        passive: bool = False,
+        cores: Sequence[int] = (),
     ) -> None:
         self.spec = dict(spec)
         self._process = subprocess.Popen(
-            [sys.executable, "-m", module, json.dumps(self.spec)],
+            [*_on(cores), sys.executable, "-m", module, json.dumps(self.spec)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -83,6 +89,7 @@ class Server:
         top_layers: int = 2,
         threads: int = 1,
         passive: bool = False,
+        cores: Sequence[int] = (),
         **more: Any,
     ) -> None:
         """Start it, with more flags of `cutlayer serve`, and wait until it listens."""
@@ -97,9 +104,10 @@ class Server:
             "--threads": threads,
             **{f"--{name}": value for name, value in more.items()},
         }
+        serve = ("serve", "--mutual_tls")
         words = [str(word) for pair in flags.items() for word in pair]
         self._process = subprocess.Popen(
-            [sys.executable, "-m", "cutlayer.cli.main", "serve", "--mutual_tls", *words],
+            [*_on(cores), sys.executable, "-m", "cutlayer.cli.main", *serve, *words],
             stdout=subprocess.PIPE,
             text=True,
             env=environment(threads, passive=passive),
@@ -143,6 +151,7 @@ def start_worker(
     certificates: Certificates | None = None,
     threads: int = 1,
     passive: bool = False,
+    cores: Sequence[int] = (),
     **settings: Any,
 ) -> Child:
     """Start a contestant; a split one is told a port and more `settings`."""
@@ -154,7 +163,12 @@ def start_worker(
         "threads": threads,
         **settings,
     }
-    return Child("benchmarks.worker", spec, threads=threads, passive=passive)
+    return Child("benchmarks.worker", spec, threads=threads, passive=passive, cores=cores)
+
+
+def _on(cores: Sequence[int]) -> list[str]:
+    """Return the words before a command that is to stay on these cores; none for anywhere."""
+    return ["taskset", "-c", ",".join(map(str, cores))] if cores else []
 
 
 def cpu_seconds(pid: int | str = "self") -> float:

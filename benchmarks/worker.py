@@ -139,6 +139,7 @@ class Contestant:
             codec=self.spec.get("codec", "raw"),
             chunks=self.spec.get("chunks", 1),
             lean_head=self.spec.get("lean_head", False),
+            train=self.spec.get("train", ("bottom", "trunk", "top")),
             peft_config=self._lora(),
         )
         if self.spec.get("breakdown"):
@@ -149,9 +150,8 @@ class Contestant:
 
     def _lora(self) -> LoraConfig:
         rank = self.workload["rank"]
-        return LoraConfig(
-            r=rank, lora_alpha=2 * rank, target_modules="all-linear", task_type="CAUSAL_LM"
-        )
+        given: dict[str, Any] = {"target_modules": "all-linear", **self.spec.get("lora", {})}
+        return LoraConfig(r=rank, lora_alpha=2 * rank, task_type="CAUSAL_LM", **given)
 
     def _train(self) -> None:
         self.model.train()
@@ -160,9 +160,9 @@ class Contestant:
 
     # ------------------------------------------------------------------ what can be asked
 
-    def batch(self) -> dict[str, Tensor]:
-        """Return the next batch, as a collator gives it."""
-        tokens_BT = self.tokens_KBT[self.done % len(self.tokens_KBT)]
+    def batch(self, after: int = 0) -> dict[str, Tensor]:
+        """Return the next batch, or one so many `after` it, as a collator gives it."""
+        tokens_BT = self.tokens_KBT[(self.done + after) % len(self.tokens_KBT)]
         return {
             "input_ids": tokens_BT,
             "attention_mask": torch.ones_like(tokens_BT),
@@ -198,14 +198,76 @@ class Contestant:
             "traffic": {name: after[name] - before[name] for name in before},
         }
 
-    def _finish(self) -> None:
+    def run(
+        self, *, warm: int, steps: int, server: int = 0, threads: int = 0, chunks: int = 0
+    ) -> dict[str, Any]:
+        """Do some steps to warm up and then `steps`, one after the other as a trainer does.
+
+        Nothing but the gradients is waited for between two steps: the trunk's optimizer steps while
+        we go on. A step's time is from the end of the one before it.
+
+        Returns:
+            By step: seconds, CPU seconds of this process and of that with the number `server`,
+            `compute_s` (our own, waits left out), and what went over the link.
+        """
+        if threads:
+            torch.set_num_threads(threads)
+        if chunks:
+            self.model.chunks = chunks
+        traffic = getattr(getattr(self.model, "connection", None), "traffic", None)
+        told: dict[str, float] = {}
+        first_loss = 0.0
+        for number in range(warm + steps + 1):
+            if number in (warm, warm + steps):
+                theirs_s = cpu_seconds(server) if server else 0.0
+                counted = {"seconds": time.perf_counter(), "cpu_s": cpu_seconds() + theirs_s}
+                counted |= vars(traffic) if traffic else {}
+                told = {name: value - told.get(name, 0.0) for name, value in counted.items()}
+            if number < warm + steps:
+                if traffic:
+                    self.model.comes(self.batch(after=1))  # `attach` does so for a trainer
+                loss = self.model(**self.batch(), use_cache=False).loss
+                first_loss = first_loss or float(loss.detach())
+                loss.backward()
+                self._finish(wait=False)
+                self.done += 1
+        if traffic:
+            self.model.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+        told = {name: value / steps for name, value in told.items()}
+        told["compute_s"] = told["seconds"] - told.get("waited_s", 0.0)
+        return {**told, "first_loss": first_loss}
+
+    def _finish(self, *, wait: bool = True) -> None:
         assert self.optimizer is not None
         self.clip(self.model.parameters(), MAX_NORM)
         self.optimizer.step()
         self.optimizer.zero_grad()
-        if self.spec["role"] == "split":
+        if self.spec["role"] == "split" and wait:
             # Requests keep their order: this answer says that the trunk has stepped.
             self.model.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+
+    def payload(self, *, steps: int) -> dict[str, Any]:
+        """Do some steps and return the bytes of the tensors that crossed in them, as encoded."""
+        counted = [0]
+        connection = self.model.connection
+        request, deliver = connection.request, connection._deliver
+
+        def of(head: pb.Head) -> int:
+            return sum(meta.nbytes for meta in head.tensors)
+
+        def counting_request(head: pb.Head, *args: Any, **kwargs: Any) -> Any:
+            pending = request(head, *args, **kwargs)
+            counted[0] += of(head)
+            return pending
+
+        def counting_deliver(message: Any, *args: Any) -> Any:
+            counted[0] += of(message.head)
+            return deliver(message, *args)
+
+        connection.request, connection._deliver = counting_request, counting_deliver
+        self.run(warm=0, steps=steps)
+        connection.request, connection._deliver = request, deliver
+        return {"payload_bytes": counted[0]}
 
     def backward_only(self) -> dict[str, Any]:
         """Leave accumulated gradients on both sides, as gradient accumulation does."""

@@ -108,3 +108,28 @@ def test_the_attacks_read_a_tiny_model(tmp_path: Path):
         assert {f"a1_codec_{codec}", f"a2_codec_{codec}_trr", f"a4_codec_{codec}_m2"} <= set(
             figures
         )
+
+
+def test_a_step_over_a_link_is_timed_beside_the_unsplit_one(tmp_path: Path):
+    """Ours, a peer and the unsplit model take turns, and train the same from the first step on."""
+    figures = figures_of("wan", tmp_path / "wan.json")
+    told = json.loads((tmp_path / "wan.json").read_text())["settings"]
+
+    assert {"step_overhead.balanced_ratio", "wan.ratio_20mbit_50ms", "wan.utilisation"} <= {
+        *figures
+    }
+    assert figures["wan.ratio_sequential_20mbit_50ms"] > 0
+    # The link takes bytes and time: two messages of one row each, there and back, every step.
+    assert figures["U_3+2_20mbit_50ms"] > figures["D_3+2_20mbit_50ms"] > 0
+    assert figures["seconds_3+2_20mbit_50ms"] > 0.05
+    losses = told["first_loss"].values()
+    assert max(losses) - min(losses) < 0.05  # bf16 on the wire
+
+
+def test_the_wire_is_measured(tmp_path: Path):
+    """Bytes on the socket are those of the tensors and a little more."""
+    figures = figures_of("transport", tmp_path / "transport.json")
+
+    assert 1.0 < figures["bytes.wire_over_payload"] < 1.2
+    assert figures["transport.cpu_s_per_gb_over_tcp_tls_1MiB"] > 0
+    assert 0 < figures["transport.later_message_share_100mbit_50ms"] < 1.1

@@ -1,0 +1,1 @@
+"""Steps over the link that a clinic has."""
