@@ -137,11 +137,14 @@ class Contestant:
             bottom_layers=self.spec["bottom_layers"],
             top_layers=self.spec["top_layers"],
             codec=self.spec.get("codec", "raw"),
+            send_once=self.spec.get("send_once", False),
             chunks=self.spec.get("chunks", 1),
             lean_head=self.spec.get("lean_head", False),
             train=self.spec.get("train", ("bottom", "trunk", "top")),
             peft_config=self._lora(),
         )
+        self.gradient_bytes = 0
+        self._count_gradients()
         if self.spec.get("breakdown"):
             self.watch.watch(self.model.connection)
         self._train()
@@ -162,7 +165,15 @@ class Contestant:
 
     def batch(self, after: int = 0) -> dict[str, Tensor]:
         """Return the next batch, or one so many `after` it, as a collator gives it."""
-        tokens_BT = self.tokens_KBT[(self.done + after) % len(self.tokens_KBT)]
+        epoch, number = divmod(self.done + after, len(self.tokens_KBT))
+        tokens_KBT = self.tokens_KBT
+        if self.spec.get("shuffled"):  # row by row, into other batches in each epoch
+            order = torch.randperm(
+                tokens_KBT.shape[0] * tokens_KBT.shape[1],
+                generator=torch.Generator().manual_seed(epoch),
+            )
+            tokens_KBT = tokens_KBT.flatten(0, 1)[order].view_as(tokens_KBT)
+        tokens_BT = tokens_KBT[number]
         return {
             "input_ids": tokens_BT,
             "attention_mask": torch.ones_like(tokens_BT),
@@ -268,6 +279,23 @@ class Contestant:
         self.run(warm=0, steps=steps)
         connection.request, connection._deliver = request, deliver
         return {"payload_bytes": counted[0]}
+
+    def rows(self) -> dict[str, Any]:
+        """Return what was sent once so far, and the bytes by which a row is named."""
+        once = self.model.by_rows.once
+        named = pb.Forward(rows=[bytes(32)]).ByteSize()
+        return {**once.counts(), "bytes_per_name": named, "gradient_bytes": self.gradient_bytes}
+
+    def _count_gradients(self) -> None:
+        """Count the bytes of gradients of activations that come down."""
+        deliver = self.model.connection._deliver
+
+        def counted(message: Any, outgoing: Any) -> None:
+            metas = message.head.tensors
+            self.gradient_bytes += sum(m.nbytes for m in metas if m.name == "gradient")
+            deliver(message, outgoing)
+
+        self.model.connection._deliver = counted
 
     def backward_only(self) -> dict[str, Any]:
         """Leave accumulated gradients on both sides, as gradient accumulation does."""

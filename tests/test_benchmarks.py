@@ -133,3 +133,13 @@ def test_the_wire_is_measured(tmp_path: Path):
     assert 1.0 < figures["bytes.wire_over_payload"] < 1.2
     assert figures["transport.cpu_s_per_gb_over_tcp_tls_1MiB"] > 0
     assert 0 < figures["transport.later_message_share_100mbit_50ms"] < 1.1
+
+
+def test_later_epochs_send_no_activations(tmp_path: Path):
+    """Rows that are sent once are named afterwards, and the run is the same."""
+    figures = figures_of("cache", tmp_path / "cache.json")
+
+    assert (figures["later_epoch_upload"], figures["gradient_down"]) == (0, 0)
+    assert figures["reference_bytes_per_row"] <= 64
+    assert figures["rows_named"] >= 2 * figures["rows_sent"]
+    assert figures["loss_largest_difference"] == 0

@@ -61,6 +61,8 @@ class SplitConfig:
     """Run the LM head at labelled positions only."""
     quantization: str = ""
     """How the server's trunk is stored: `int8`, `float8`, or as its weights are."""
+    send_once: bool = False
+    """Have the server keep each row's activations, sealed, so that later epochs only name it."""
     train: list[str] | None = None
     """Parts on which the LoRA is; by default all that the privacy profile allows."""
     privacy_profile: str = "open"
@@ -250,6 +252,7 @@ def connect_settings(run: Run) -> dict[str, Any]:
         "token": os.environ.get("CUTLAYER_TOKEN") or None,
         "train": parts_of(run),
         "defenses": defenses_of(run),
+        "send_once": run.split.send_once and str(Path(run.sft.output_dir) / "send_once"),
         "run": run.split.run or folder.lstrip("._-")[:64] or None,
         "model": run.model.model_name_or_path,
         "revision": None if run.model.model_revision == "main" else run.model.model_revision,

@@ -37,7 +37,7 @@ def run(args: argparse.Namespace) -> int:
     settings = read_run(args.config, args.overrides)
     given = connect_settings(settings)
     # A name of its own, so that a doctor never takes the place of the run at the server.
-    model = connect(**{**given, "run": None})
+    model = connect(**{**given, "run": None, "send_once": False})
     try:
         facts = _facts(model, given)
         if args.prove:

@@ -39,7 +39,7 @@ def run(args: argparse.Namespace) -> int:
     given = connect_settings(settings)
     if not wanted:
         given["peft_config"] = None
-    model = connect(**given, take_up=wanted and kept_at_server)
+    model = connect(**{**given, "send_once": False}, take_up=wanted and kept_at_server)
     try:
         if wanted:
             model.take_up(folder)

@@ -60,6 +60,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="answer Attest with evidence that software signs, for tests and trials; FILE is "
         "attester.json of 'cutlayer certs attester'",
     )
+    add(
+        "--send_once_ttl_s",
+        type=float,
+        default=0.0,
+        metavar="S",
+        help="let clients send each row once and keep it, under their keys, for S seconds "
+        "(default: 0, keep none; what is kept is deleted)",
+    )
     add("--lease_s", type=float, default=300.0, help="silence that parks a session (default: 300)")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add_quotas(parser, "of every tenant (default: no limit)")
@@ -110,6 +118,7 @@ def run(args: argparse.Namespace) -> int:
         quotas=Quotas(**quotas_of(args)),
         limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
+        row_ttl_s=max(args.send_once_ttl_s, 0.0),
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

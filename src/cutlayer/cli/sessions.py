@@ -97,6 +97,7 @@ def _stop(journal: Any, table: Any, state_dir: Path, name: str) -> dict[str, Any
     """End a session through its server, or in the journal if none runs."""
     from cutlayer.server.orders import order_stop
     from cutlayer.server.presence import server_in
+    from cutlayer.server.rows import drop_rows
 
     entries = {f"{entry.tenant}/{entry.run}": entry for entry in table.all()}
     entry = entries.get(name)
@@ -104,6 +105,7 @@ def _stop(journal: Any, table: Any, state_dir: Path, name: str) -> dict[str, Any
         raise ConfigError(f"there is no session '{name}': 'cutlayer sessions list' names them")
     if server_in(state_dir) is None:
         table.drop(entry.identifier)
+        drop_rows(state_dir, entry.tenant, entry.run)
         return {"session": name, "state": "stopped", "by": "journal"}
     order_stop(journal, entry.identifier, entry.tenant)
     until_s = time.monotonic() + _STOPPED_WITHIN_S

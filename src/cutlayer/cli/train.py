@@ -37,6 +37,7 @@ def run(args: argparse.Namespace) -> int:
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
     output = Path(settings.sft.output_dir)
+    is_done = False
     try:
         if model.connection.claims:
             print(f"note: the server is {model.connection.claims}", file=sys.stderr)
@@ -61,8 +62,9 @@ def run(args: argparse.Namespace) -> int:
 
         write_card(output, settings, trainer, model)
         facts = facts_of(trainer, model, result)
+        is_done = True
     finally:
-        model.close()
+        model.close(keep_rows=not is_done)
     report(
         args.format,
         {"output_dir": str(output), **facts},
@@ -95,6 +97,7 @@ def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
         "waited_s": traffic.waited_s,
         "trunk_s": traffic.trunk_s,
         "chunks": model.chunks,
+        **({"rows": model.by_rows.once.counts()} if model.by_rows else {}),
         "attestation": str(model.connection.claims or "none asked for"),
     }
 

@@ -11,6 +11,7 @@ from peft import LoraConfig, PeftConfig
 
 from cutlayer.client.address import Address
 from cutlayer.client.ahead import Ahead
+from cutlayer.client.by_rows import arrange_rows, begin_send_once
 from cutlayer.client.connection import Connection
 from cutlayer.client.departures import Departures, defend_embedding
 from cutlayer.client.handshake import agreement_of, check_parameters, spec_of
@@ -70,6 +71,7 @@ def connect(
     codec: str = "raw",
     chunks: int | str = 1,
     lean_head: bool = False,
+    send_once: bool | str | Path = False,
     gradient_checkpointing: bool = False,
     seed: int = 0,
     run: str | None = None,
@@ -112,6 +114,10 @@ def connect(
         codec: How activations and gradients are written; `raw` is bit-exact.
         chunks: Micro-chunks of a training batch; 1 is bit-exact, `auto` finds the best number.
         lean_head: Run the LM head at labelled positions only, in tiles; exact up to rounding.
+        send_once: Have the server keep the activations of each row, so that later epochs name it:
+            a copy for as long as the server says, sealed by a key that it has while we are
+            connected. The bottom must be frozen. Give a folder in place of `True` and the key and
+            our own copies are there, so that a resumed run finds its rows.
         gradient_checkpointing: Let the trunk keep layer inputs only and compute the rest again.
         seed: Seed of the LoRA's start and of the trunk's dropout.
         run: A name for this run at the server; a random one by default.
@@ -150,6 +156,7 @@ def connect(
         settings = {"config": checkpoint.config, "dtype": DTYPES[dtype], **attention}
         ends = load_ends(checkpoint, skeleton, cut, remote, **settings)
         held = {"task": task, "dtype": dtype, "quantization": quantization, "ends": ends}
+        begin_send_once(connection, defenses, send_once)
         asked = pb.OpenSessionRequest(
             agreement=agreement_of(checkpoint, skeleton, cut, **held),
             lora=spec_of(plan),
@@ -161,18 +168,16 @@ def connect(
         reply = connection.open(asked)
         check_parameters(plan, connection)
         remote.entry = watch_entry(ends, skeleton.anatomy)
-        remote.link = TrunkLink(connection, codec=codec)
-        remote.trains = bool(plan.trunk.targets)
+        remote.link, remote.trains = TrunkLink(connection, codec=codec), bool(plan.trunk.targets)
         remote.departures = Departures(defenses, ledger, transcript, codec)
         defend_embedding(ends, defenses)
-        ends.requires_grad_(False)
-        split = _CLASSES[task](ends, ends_config(plan), ADAPTER)
+        split = _CLASSES[task](ends.requires_grad_(False), ends_config(plan), ADAPTER)
         seed_adapter(split, seed)
         split.connection, split.remote_trunk, split.plan = connection, remote, plan
-        split.anatomy, split.cut, split.ahead = skeleton.anatomy, cut, Ahead(remote)
+        split.anatomy, split.cut, split.keeps_adapter = skeleton.anatomy, cut, reply.keeps_adapter
         split.chunks, split.tuning = chunks_or_tuning(chunks, connection)
-        split.keeps_adapter = reply.keeps_adapter
         split.lean_head = LeanHead(ends, remote, is_all=not top_layers) if lean_head else None
+        split.ahead = arrange_rows(split, asked) or Ahead(remote)
         return split
     except BaseException:
         connection.close()

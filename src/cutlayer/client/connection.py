@@ -22,6 +22,7 @@ from cutlayer.client.calls import SERVICE, ask
 from cutlayer.client.diagnosis import explained
 from cutlayer.client.replay_log import ReplayLog
 from cutlayer.client.replies import Pending, Traffic
+from cutlayer.client.send_once import SendOnce
 from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
@@ -41,8 +42,16 @@ _FATAL = (
 _CHANGES_GRADIENTS = ("backward", "commit", "optim_step", "zero_grad")
 
 
+class _RowsMissing(Exception):
+    """The server lacks rows that a request named: come again and send them."""
+
+
 class Connection:
-    """A session. Requests leave at once and in order; `Pending.wait` waits for one reply."""
+    """A session. Requests leave at once and in order; `Pending.wait` waits for one reply.
+
+    Attributes:
+        once: The rows that are sent once, if the run does so.
+    """
 
     def __init__(
         self,
@@ -67,6 +76,7 @@ class Connection:
         self.address = address
         self.traffic = Traffic()
         self.norms: Tensor | None = None
+        self.once: SendOnce | None = None
         self.session = self.run = ""
         self.parameters: dict[str, tuple[int, ...]] = {}
         self._connect_timeout_s = connect_timeout_s
@@ -99,6 +109,7 @@ class Connection:
         Raises:
             Refused: Naming all that the two sides do not agree on.
         """
+        asked.rows = self.once.name if self.once is not None else ""
         reply: pb.OpenSessionReply = self._ask(
             "OpenSession", asked, pb.OpenSessionReply, **self._patiently
         )
@@ -107,11 +118,15 @@ class Connection:
         threading.Thread(target=self._keep_up, name="cutlayer-link", daemon=True).start()
         return reply
 
-    def close(self) -> None:
-        """Give the session back and close the channel; closing twice is allowed."""
+    def close(self, *, keep_rows: bool = False) -> None:
+        """Give the session back and close the channel; closing twice is allowed.
+
+        Args:
+            keep_rows: Let the server keep what was sent once: the run will be resumed.
+        """
         self._closing.set()
         if self.session and self._failure is None:
-            asked = pb.CloseSessionRequest(session=self.session)
+            asked = pb.CloseSessionRequest(session=self.session, keep_rows=keep_rows)
             # First the call, which waits until what the server keeps is kept; then the stream.
             with contextlib.suppress(CutlayerError):
                 self._ask("CloseSession", asked, pb.CloseSessionReply, **self._patiently)
@@ -129,6 +144,9 @@ class Connection:
             try:
                 self._run_stream()
                 cause = "the server ended the stream"
+            except _RowsMissing:
+                attempt, lost_s, self._was_attached = 0, time.monotonic(), False
+                continue
             except grpc.RpcError as error:
                 if error.code() in _FATAL:
                     return self._fail(explained(error, self.address, self._connect_timeout_s))
@@ -170,10 +188,12 @@ class Connection:
     def _run_stream(self) -> None:
         """Attach to the session, send what is to be sent, and read replies until the end."""
         outgoing: queue.SimpleQueue[Iterable[bytes] | None] = queue.SimpleQueue()
-        metadata = (
+        metadata: list[tuple[str, str | bytes]] = [
             ("cutlayer-session", self.session),
             ("cutlayer-received", str(self._received)),
-        )
+        ]
+        if self.once is not None:
+            metadata.append(("cutlayer-rows-bin", self.once.key))
         exchange = self._channel.stream_stream(f"/{SERVICE}/Exchange")
         self._call = call = exchange(self._requests(outgoing), metadata=metadata)
         # What the server says of itself must not decide how much memory it may take here.
@@ -226,10 +246,14 @@ class Connection:
             for head, body in self._log.after(told.reached):
                 head.follows, head.received = previous, self._received
                 previous = head.sequence
-                outgoing.put(frames_of(head, [body]))
+                outgoing.put(frames_of(*self._whole(head, [body])))
                 self.traffic.resent += 1
             self._follows = previous
             self._outgoing, self._was_attached = outgoing, True
+
+    def _whole(self, head: pb.Head, parts: list[memoryview]) -> tuple[pb.Head, list[memoryview]]:
+        """Return a request with the rows in it that the server is known not to hold."""
+        return self.once.completed(head, parts) if self.once is not None else (head, parts)
 
     def _deliver(
         self, message: Message, outgoing: queue.SimpleQueue[Iterable[bytes] | None]
@@ -240,6 +264,9 @@ class Connection:
             return self._attached(head.attached, outgoing)
         if verb == "working":
             return None
+        if verb == "missing" and self.once is not None:
+            self.once.lost(head.missing)
+            raise _RowsMissing
         if verb == "failure" and not head.sequence:
             raise BY_CODE.get(head.failure.code, Refused)(head.failure.message)
         tensors = read_tensors(message) if verb == "done" else {}  # before its waiter is let go
@@ -248,6 +275,8 @@ class Connection:
             pending = self._waiting.pop(head.sequence, None)
             self._log.answered(head.sequence, refused=verb == "failure")
             self._log.durable(head.done.durable)
+        if self.once is not None:
+            self.once.not_kept(head.done.not_kept)
         if verb == "failure":
             error = BY_CODE.get(head.failure.code, Refused)(head.failure.message)
             if pending is None or pending.unattended:
@@ -288,6 +317,9 @@ class Connection:
             unattended: Nobody will wait for the reply; a failure fails the session.
         """
         parts = attach_tensors(head, tensors or {}, codecs=codecs)
+        if self.once is not None:
+            self.once.leaving(head, parts)
+            head, parts = self._whole(head, parts)
         with self._send_lock:
             if self._failure is not None:
                 raise self._failure

@@ -18,6 +18,7 @@ from typing import Any
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from cutlayer.client.send_once import Batch
 from cutlayer.errors import ConfigError
 from cutlayer.privacy.adversarial import AdversarialBottom
 from cutlayer.privacy.defenses import Defense
@@ -68,11 +69,28 @@ class Departures:
         self._book(defense, self._records_of(entry, len(hidden_BTD)), defended_BTD)
         return defended_BTD
 
-    def sent(self, number: int, step: int, smashed_BTD: Tensor, entry: Entry) -> list[str]:
-        """Take note of activations that have left; return the names of their sequences."""
+    def sent(
+        self, number: int, step: int, smashed_BTD: Tensor, entry: Entry, rows: Batch | None = None
+    ) -> list[str]:
+        """Take note of activations that have left; return the names of their sequences.
+
+        Args:
+            number: The number of the forward.
+            step: Optimizer steps done.
+            smashed_BTD: The activations; those of rows that are sent once are in `rows`.
+            entry: What the model was called with.
+            rows: The rows, some of which had left before.
+        """
         if self.transcript and self.transcript.wants(step):
-            arrived_BTD = self._as_it_arrives(smashed_BTD)
-            self.transcript.activations(number, step, arrived_BTD, entry.carried, entry.truth)
+            arrived_BTD = rows.as_the_server_has_it() if rows else self._as_it_arrives(smashed_BTD)
+            self.transcript.activations(
+                number,
+                step,
+                arrived_BTD,
+                entry.carried,
+                entry.truth,
+                referenced=rows.referenced if rows else (),
+            )
         return self._records_of(entry, len(smashed_BTD)) if self.defense("upper cut") else []
 
     def received(self, number: int, step: int, trunk_out_BTD: Tensor) -> None:

@@ -5,7 +5,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,7 +13,8 @@ from torch import Tensor
 
 from cutlayer.client.connection import Connection
 from cutlayer.client.remote_trunk import Question
-from cutlayer.client.replies import Named
+from cutlayer.client.replies import Named, Pending
+from cutlayer.client.send_once import Batch
 from cutlayer.errors import ProtocolError
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.tensors import dtype_name
@@ -48,9 +49,13 @@ class TrunkLink:
             )
         )
         tensors, wanted_N = {"smashed": smashed_BTD, **question.carried}, question.wanted_N
+        if question.rows is not None:
+            head.forward.rows.extend(question.rows.ids)
+            head.forward.row_tokens = question.rows.tokens
+            tensors = question.rows.tensors(question.carried)
         if wanted_N is not None:
             tensors["wanted"] = wanted_N
-        codecs = dict.fromkeys(tensors, "int32") | {"smashed": self._codec}
+        codecs = self._codecs_of(tensors)
         pending = self._connection.request(head, tensors, codecs=codecs)
         if wanted_N is None:
             return pending.sequence, Named(pending, "trunk_out")
@@ -58,6 +63,16 @@ class TrunkLink:
             self._wanted[pending.sequence] = wanted_N
         placed = functools.partial(_placed, wanted_N=wanted_N, shape=smashed_BTD.shape)
         return pending.sequence, Named(pending, "trunk_out", placed)
+
+    def _codecs_of(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
+        is_smashed = {name: name.partition("/")[0] == "smashed" for name in tensors}
+        return {name: self._codec if is_smashed[name] else "int32" for name in tensors}
+
+    def keep_rows(self, rows: Batch, carried: Mapping[str, Tensor]) -> Pending:
+        """Send rows ahead of the forward that will name them; return the reply to come."""
+        head = pb.Head(keep_rows=pb.KeepRows(rows=rows.ids, row_tokens=rows.tokens))
+        tensors = {n: t for n, t in rows.tensors(carried).items() if "/" in n}
+        return self._connection.request(head, tensors, codecs=self._codecs_of(tensors))
 
     def backward(
         self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True

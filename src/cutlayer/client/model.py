@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from cutlayer.client.ahead import Ahead
+from cutlayer.client.by_rows import ByRows
 from cutlayer.client.checkpoint import read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
@@ -59,6 +60,7 @@ class SplitModel:
         coming: The arguments of the next training forward, where they are known.
         tuning: Finds `chunks` in the first steps, if that was asked for.
         laps: The seconds of the last batch that was done by arrival.
+        by_rows: Runs the bottom for rows that never left before, if rows are sent once.
     """
 
     connection: Connection
@@ -74,6 +76,7 @@ class SplitModel:
     coming: Mapping[str, Any] | None = None
     tuning: Tuning | None = None
     laps: Laps | None = None
+    by_rows: ByRows | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
@@ -84,6 +87,8 @@ class SplitModel:
         """
         rows = rows_in(kwargs)
         run = super().forward  # type: ignore[misc]
+        if self.by_rows is not None:
+            run = functools.partial(self.by_rows.run, run)
         training: bool = self.training  # type: ignore[attr-defined]
         by_trl = self.objective is not None
         if self.lean_head and self.lean_head.scores(kwargs, training=training, by_trl=by_trl):
@@ -138,6 +143,19 @@ class SplitModel:
         told = {name: value for name, value in kwargs.items() if not isinstance(value, Tensor)}
         whole = told | {name: coming[name] for name in by_row}
         return [rows_of(whole, rows, span) for span in spans(rows, self.chunks)]
+
+    def send_ahead(self, batches: Iterable[Mapping[str, Any]]) -> int:
+        """Send the rows of batches before they are trained on; return how many had to go.
+
+        Args:
+            batches: Arguments of the model as a trainer will give them, padding included.
+
+        Raises:
+            ConfigError: If the model was connected without `send_once`.
+        """
+        if self.by_rows is None:
+            raise ConfigError("rows are sent ahead with connect(send_once=True) only")
+        return self.by_rows.send_ahead(super().forward, batches)  # type: ignore[misc]
 
     def _objective(self, kwargs: dict[str, Any]) -> Objective | None:
         """Return what the loss of this call will be made of, `None` if that is not known."""
@@ -212,9 +230,15 @@ class SplitModel:
         if trunk:
             self.connection.request(pb.Head(import_adapter=pb.ImportAdapter()), trunk).wait()
 
-    def close(self) -> None:
-        """Give the session back, and let another process have the ledger."""
-        self.connection.close()
+    def close(self, *, keep_rows: bool = False) -> None:
+        """Give the session back, and let another process have the ledger.
+
+        Args:
+            keep_rows: Keep what was sent once, here and at the server: the run will be resumed.
+        """
+        self.connection.close(keep_rows=keep_rows)
+        if self.by_rows is not None and not keep_rows:
+            self.by_rows.once.forget()
         ledger = self.remote_trunk.departures.ledger
         if ledger is not None:
             ledger.close()
@@ -222,8 +246,8 @@ class SplitModel:
     def __enter__(self) -> Any:
         return self
 
-    def __exit__(self, *_exc: object) -> None:
-        self.close()
+    def __exit__(self, kind: object, *_exc: object) -> None:
+        self.close(keep_rows=kind is not None)
 
 
 class SplitModelForCausalLM(SplitModel, PeftModelForCausalLM):

@@ -20,7 +20,7 @@ import contextlib
 import hashlib
 import itertools
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
@@ -29,8 +29,9 @@ from torch import Tensor, nn
 from transformers import Cache
 
 from cutlayer.client.departures import Departures
-from cutlayer.errors import CannotCut
-from cutlayer.split.cut import Anatomy, cache_of, hidden_of, note_in_cache
+from cutlayer.client.kv_caches import CacheNumbers
+from cutlayer.client.send_once import Batch
+from cutlayer.split.cut import Anatomy, cache_of, hidden_of
 from cutlayer.split.entry import Entry
 from cutlayer.wire.tensors import refuse_not_finite
 
@@ -54,6 +55,8 @@ class Question:
     cache_rows: tuple[int, ...] = ()
     wanted_N: Tensor | None = None
     """The positions, row after row, of which the output is wanted; it is zero elsewhere."""
+    rows: Batch | None = None
+    """What each row is called, if rows are sent once."""
 
 
 class Answer(Protocol):
@@ -151,6 +154,14 @@ class _ChunkSent(Exception):
     """Leaves the model's forward once a chunk is on its way."""
 
 
+class _Reached(Exception):
+    """Leaves the model's forward where the trunk would be called."""
+
+    def __init__(self, hidden_BTD: Tensor) -> None:
+        super().__init__()
+        self.hidden_BTD = hidden_BTD
+
+
 class RemoteTrunk(nn.Module):
     """Stand for layers[lower:upper] in the client's model; called as the first of them is.
 
@@ -158,6 +169,7 @@ class RemoteTrunk(nn.Module):
         trains: Whether the trunk has an adapter that is trained.
         step: Optimizer steps done; with `seed` it determines the trunk's dropout.
         adapter_disabled: Run the trunk's base model.
+        is_capturing: Whether a forward now ends where the trunk would be called.
         wanted_N: The positions of which the next forward wants the output; all by default.
     """
 
@@ -176,9 +188,10 @@ class RemoteTrunk(nn.Module):
         self._calls_in_step = 0
         self._sending: list[Chunk] | None = None
         self._receiving: Chunk | None = None
-        self._cache_numbers = itertools.count(1)
         self._hold_numbers = itertools.count(1)
-        self._caches: weakref.WeakKeyDictionary[Cache, int] = weakref.WeakKeyDictionary()
+        self._caches = CacheNumbers(layer)
+        self.is_capturing = False
+        self._rows: Batch | None = None
         # With a bottom that trains nothing autograd would see no reason to come back to us, and
         # the trunk would silently stay untrained. This leaf is the reason; it gets no gradient.
         self._anchor = torch.zeros(0, requires_grad=True)
@@ -193,6 +206,8 @@ class RemoteTrunk(nn.Module):
         """
         if self._receiving is not None:
             return self._anatomy.as_returned(self._receive(self._receiving))
+        if self.is_capturing:
+            raise _Reached(hidden_of(args, kwargs).detach())
         chunk = self._send(hidden_of(args, kwargs), cache_of(args, kwargs))
         if self._sending is not None:
             self._sending.append(chunk)
@@ -212,13 +227,18 @@ class RemoteTrunk(nn.Module):
     # ------------------------------------------------------------------ the two halves of a call
 
     def _send(self, hidden_BTD: Tensor, cache: Cache | None) -> Chunk:
+        rows, leaving_BTD = self._rows, hidden_BTD.detach()
+        if rows is not None:
+            hidden_BTD = leaving_BTD  # it has passed no bottom, and a frozen one gets no gradient
+            leaving_BTD = leaving_BTD[:0] if rows.hidden_BTD is None else rows.hidden_BTD
         grad = torch.is_grad_enabled() and (self.trains or hidden_BTD.requires_grad)
         refuse_not_finite(
-            hidden_BTD.detach(),
+            leaving_BTD,
             "the smashed activations",
             "nothing was sent; lower the learning rate, or look at the sample",
         )
         hidden_BTD = self.departures.defended(hidden_BTD, self.entry)
+        assert self.link is not None
         question = Question(
             carried=dict(self.entry.carried),
             training=self.training,
@@ -228,9 +248,9 @@ class RemoteTrunk(nn.Module):
             autocast=_autocast_dtype(hidden_BTD.device.type),
             adapter_disabled=self.adapter_disabled,
             wanted_N=self.wanted_N,
-            **self._cache_fields(cache, hidden_BTD, grad=grad),
+            rows=rows,
+            **self._caches.fields(cache, hidden_BTD, self.link.drop_cache, grad=grad),
         )
-        assert self.link is not None
         if grad:
             flight = _Flight(self.link, question)
             ticket = _Send.apply(hidden_BTD, self._anchor, flight)
@@ -241,7 +261,7 @@ class RemoteTrunk(nn.Module):
             chunk = Chunk(Sent(number, output), hidden_BTD.new_zeros(0))
         chunk.sent.step = self.step
         chunk.sent.records = self.departures.sent(
-            chunk.sent.number, self.step, hidden_BTD, self.entry
+            chunk.sent.number, self.step, hidden_BTD, self.entry, rows
         )
         return chunk
 
@@ -263,6 +283,31 @@ class RemoteTrunk(nn.Module):
             self._sending = None
 
     @contextlib.contextmanager
+    def sending_rows(self, rows: Batch) -> Iterator[None]:
+        """While open, a forward sends these rows in place of what comes to the trunk."""
+        self._rows = rows
+        try:
+            yield
+        finally:
+            self._rows = None
+
+    def at_the_cut(self, call: Callable[[], Any]) -> Tensor:
+        """Run a call of the model until the trunk is reached; return what came there, (B, T, D)."""
+        self.is_capturing = True
+        try:
+            call()
+        except _Reached as reached:
+            return reached.hidden_BTD
+        finally:
+            self.is_capturing = False
+        raise AssertionError("the model has not called its trunk")
+
+    @property
+    def is_receiving(self) -> bool:
+        """Whether a forward now goes on from the trunk's output."""
+        return self._receiving is not None
+
+    @contextlib.contextmanager
     def receiving(self, chunk: Chunk) -> Iterator[None]:
         """While open, a forward goes on with the output of this chunk."""
         self._receiving = chunk
@@ -277,51 +322,6 @@ class RemoteTrunk(nn.Module):
         call, self._calls_in_step = self._calls_in_step, self._calls_in_step + 1
         key = f"{self.seed}/{self.step}/{call}".encode()
         return int.from_bytes(hashlib.sha256(key).digest()[:8], "big") >> 1
-
-    # ------------------------------------------------------------------ KV caches
-
-    def _cache_fields(
-        self, cache: Cache | None, hidden_BTD: Tensor, *, grad: bool
-    ) -> dict[str, Any]:
-        """Say which cache of the trunk's own belongs to the client's cache, and how rows moved.
-
-        Our slot of the client's cache holds each row's number. Beam search moves rows about; what
-        stands in the slot then tells which of the trunk's rows continue.
-        """
-        if cache is None:
-            return {}
-        rows, tokens = hidden_BTD.shape[:2]
-        past_tokens = _tokens_in(cache, self._layer)
-        note_BT = torch.arange(rows, dtype=torch.float32, device=hidden_BTD.device)[:, None]
-        slot_BT = note_in_cache(cache, self._layer, note_BT.expand(rows, tokens))
-        if grad and past_tokens == 0:
-            # A training forward builds a cache by default and never reads it. The trunk builds one
-            # too and drops it at once: the keys' memory layout decides the last bit of attention.
-            return {"cache": next(self._cache_numbers)}
-        if past_tokens == 0:
-            number = self._caches[cache] = next(self._cache_numbers)
-            assert self.link is not None
-            weakref.finalize(cache, self.link.drop_cache, number)
-        elif cache not in self._caches or slot_BT is None:
-            raise CannotCut(
-                "this KV cache was filled elsewhere or copied: its other half is at the server; "
-                "start the generation from the prompt"
-            )
-        moved: tuple[int, ...] = ()
-        if past_tokens and slot_BT is not None:
-            # The newest token before this call is the last before the `tokens` just written.
-            stood = slot_BT[:, -tokens - 1].long().tolist()
-            moved = () if stood == list(range(rows)) else tuple(stood)
-            if moved:
-                slot_BT[:, :] = note_BT
-        return {"cache": self._caches[cache], "past_tokens": past_tokens, "cache_rows": moved}
-
-
-def _tokens_in(cache: Cache, layer: int) -> int:
-    try:
-        return int(cache.get_seq_length(layer))
-    except (TypeError, ValueError):
-        return int(cache.get_seq_length())
 
 
 def _autocast_dtype(device_type: str) -> torch.dtype | None:

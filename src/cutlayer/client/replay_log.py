@@ -19,7 +19,7 @@ from cutlayer.wire import cutlayer_pb2 as pb
 __all__ = ["ReplayLog"]
 
 _SEGMENT_BYTES = 16 << 20
-_WITHOUT_TRACE = frozenset({"echo", "export_adapter", "save_state", "mark", "retain"})
+_WITHOUT_TRACE = frozenset({"echo", "export_adapter", "keep_rows", "save_state", "mark", "retain"})
 
 
 @dataclass

@@ -18,7 +18,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,6 +51,8 @@ class Departure:
     """What the server computed from it, where the client needed it."""
     gradient_BTD: Tensor | None = None
     """The gradient at the upper cut, if one left."""
+    referenced: tuple[int, ...] = ()
+    """Rows whose activations the server had from before: this forward only named them."""
 
 
 class TranscriptWriter:
@@ -112,8 +114,18 @@ class TranscriptWriter:
         smashed_BTD: Tensor,
         carried: Mapping[str, Tensor],
         truth: Mapping[str, Tensor],
+        *,
+        referenced: Sequence[int] = (),
     ) -> None:
-        """Record what a forward sent up, if its step is one that is recorded.
+        """Record what the server has of a forward, if its step is one that is recorded.
+
+        Args:
+            number: The forward's.
+            step: Optimizer steps done.
+            smashed_BTD: The activations as the server has them.
+            carried: Mask and position ids, the same.
+            truth: What was not sent.
+            referenced: Rows of them that left before this forward, which only named them.
 
         Raises:
             StorageError: If the disk is full.
@@ -122,7 +134,8 @@ class TranscriptWriter:
             return
         self._left -= len(smashed_BTD)
         self._recorded.add(number)
-        self._add("activations", number, step, {"smashed": smashed_BTD, **carried})
+        sent = {"smashed": smashed_BTD, **carried}
+        self._add("activations", number, step, sent, referenced=list(referenced))
         self._add("truth", number, step, truth)
 
     def trunk_out(self, number: int, step: int, trunk_out_BTD: Tensor) -> None:
@@ -143,7 +156,15 @@ class TranscriptWriter:
         if number in self._recorded:
             self._add("gradient", number, step, {"gradient": grad_BTD})
 
-    def _add(self, kind: str, number: int, step: int, tensors: Mapping[str, Tensor]) -> None:
+    def _add(
+        self,
+        kind: str,
+        number: int,
+        step: int,
+        tensors: Mapping[str, Tensor],
+        *,
+        referenced: Sequence[int] = (),
+    ) -> None:
         body = save({name: t.detach().cpu().contiguous() for name, t in tensors.items()})
         file = f"{self._lines + 1:06d}-{kind}.safetensors"
         first = next(iter(tensors.values()), None)
@@ -155,6 +176,7 @@ class TranscriptWriter:
             "shape": list(first.shape) if first is not None else [0],
             "sha256": hashlib.sha256(body).hexdigest(),
             "previous": self._chain,
+            **({"referenced": list(referenced)} if referenced else {}),
         }
         text = json.dumps(line, sort_keys=True)
         self._write(file, body)
@@ -242,6 +264,7 @@ def _departures(folder: Path, lines: list[dict[str, Any]]) -> Iterator[Departure
             truth=_tensors(folder, truth) if truth else {},
             trunk_out_BTD=one("trunk_out", line["number"]),
             gradient_BTD=one("gradient", line["number"]),
+            referenced=tuple(line.get("referenced", ())),
         )
 
 

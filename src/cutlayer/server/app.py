@@ -89,6 +89,7 @@ def make_server(
     quotas: Quotas | None = None,
     limits: Limits | None = None,
     attest: Callable[[bytes], bytes] | None = None,
+    row_ttl_s: float = 0.0,
 ) -> Server:
     """Load a trunk and serve it.
 
@@ -113,6 +114,7 @@ def make_server(
         quotas: What a tenant may use, where the register of tenants says nothing else.
         limits: What a tenant may ask.
         attest: Returns evidence of this server for a client's nonce; without it none is offered.
+        row_ttl_s: Seconds for which rows that clients send once are kept; 0 keeps none.
 
     Raises:
         ConfigError: If the port is taken or the dtype unknown.
@@ -157,6 +159,7 @@ def make_server(
         keeps_adapter=keep_adapter,
         watch=watch,
         desk=Desk(quotas, register.quotas_of),
+        row_ttl_s=row_ttl_s,
     )
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")

@@ -35,6 +35,8 @@ class Quotas:
     """States saved at the server, of all its runs."""
     rank: int = 0
     """Rank of a LoRA."""
+    row_bytes: int = 0
+    """Rows kept for send-once, of all its runs; what is beyond is not kept and comes again."""
 
     def but(self, others: Mapping[str, int]) -> Quotas:
         """Return these quotas with some in place of others; unknown names are passed over."""

@@ -95,7 +95,9 @@ class TrunkService(grpc.GenericRpcHandler):
     def _close(
         self, asked: pb.CloseSessionRequest, context: grpc.ServicerContext
     ) -> pb.CloseSessionReply:
-        self._sessions.close(self._gate.tenant_of(context), asked.session)
+        self._sessions.close(
+            self._gate.tenant_of(context), asked.session, keep_rows=asked.keep_rows
+        )
         return pb.CloseSessionReply()
 
     def _exchange(
@@ -104,9 +106,10 @@ class TrunkService(grpc.GenericRpcHandler):
         metadata = {item[0]: item[1] for item in context.invocation_metadata()}
         identifier = str(metadata.get("cutlayer-session", ""))
         received = str(metadata.get("cutlayer-received", "0"))
+        rows_key = metadata.get("cutlayer-rows-bin", b"")
         stream = _Stream(self._sessions, requests)
         try:
-            stream.attach(self._gate.tenant_of(context), identifier, received)
+            stream.attach(self._gate.tenant_of(context), identifier, received, rows_key)
         except CutlayerError as error:
             self._refused(context, error)
             yield from frames_of(_failure(error), [])
@@ -134,8 +137,14 @@ class _Stream:
         self._ended = threading.Event()
         self._room = threading.Semaphore(2 * sessions.limits.max_pending)
 
-    def attach(self, tenant: str, identifier: str, received: str) -> None:
+    def attach(self, tenant: str, identifier: str, received: str, rows_key: Any) -> None:
         """Take the place of the session's older stream.
+
+        Args:
+            tenant: Who calls.
+            identifier: The session.
+            received: The number of the last reply that has arrived.
+            rows_key: Opens the rows that were sent once.
 
         Raises:
             Refused: If there is no such session.
@@ -144,7 +153,7 @@ class _Stream:
         if not (received.isascii() and received.isdigit()):
             raise ProtocolError("cutlayer-received must be the number of a reply")
         self._session, self._number, first = self._sessions.attach(
-            tenant, identifier, int(received), self._hang_up
+            tenant, identifier, int(received), self._hang_up, bytes(rows_key)
         )
         for reply in first:
             self._outgoing.put(reply)
@@ -221,7 +230,9 @@ class _Stream:
         done_before = message.head.sequence <= session.last_sequence
         reply = session.answer(message, arrived_s)
         self._outgoing.put(reply)
-        if not done_before:
+        if reply[0].HasField("missing"):
+            self._hang_up()
+        elif not done_before:
             self._sessions.watch.answered(
                 session.tenant, session.run, message.head, reply[0], size_bytes=session.saved_bytes
             )

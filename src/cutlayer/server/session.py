@@ -24,6 +24,7 @@ from cutlayer.server.memory import Memory
 from cutlayer.server.optimizers import Group
 from cutlayer.server.quotas import Desk
 from cutlayer.server.requests import checked_forward, told_of
+from cutlayer.server.rows import RunRows, check_rows
 from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import TenantTrunk
@@ -51,6 +52,7 @@ class Session:
         silent_since_s: When the last request came or the stream ended.
         saved_bytes: Bytes of the state that was saved last.
         memory: What this session uses, for its tenant's quotas.
+        rows: What is kept of this run for send-once, if it was opened so.
     """
 
     identifier: str
@@ -73,12 +75,17 @@ class Session:
     hang_up: Callable[[], None] | None = None
     silent_since_s: float = field(default_factory=time.monotonic)
     saved_bytes: int = 0
+    rows: RunRows | None = None
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.trunk)
 
-    def attach(self, received: int, hang_up: Callable[[], None]) -> tuple[int, list[Reply]]:
+    def attach(
+        self, received: int, hang_up: Callable[[], None], rows_key: bytes = b""
+    ) -> tuple[int, list[Reply]]:
         """Begin a new stream; return its number and what must be said on it first."""
+        if self.rows is not None:
+            self.rows.take_key(rows_key)
         if self.hang_up is not None:
             self.hang_up()
         self.stream += 1
@@ -107,6 +114,13 @@ class Session:
             # It does not count, so nothing of it is kept either.
             failure = pb.Failure(code=ProtocolError.code, message=fault)
             return pb.Head(sequence=asked.sequence, failure=failure), []
+        limit = self.limits.max_message_bytes
+        missing = self.rows.missing(asked, limit) if self.rows is not None else None
+        if missing is not None:
+            # It does not count: it comes again with these rows, on a new stream, and so does what
+            # was sent after it.
+            self.stream, self.hang_up = self.stream + 1, None
+            return pb.Head(missing=missing), []
         self.last_sequence = asked.sequence
         head = pb.Head(sequence=asked.sequence)
         try:
@@ -122,6 +136,8 @@ class Session:
         head.done.compute_s = time.monotonic() - started_s  # reading and writing tensors is in it
         head.done.queue_s = started_s - arrived_s
         head.done.durable = self.durable
+        if self.rows is not None:
+            head.done.not_kept.extend(self.rows.take_not_kept())
         return self._remember(head, parts)
 
     def _codecs(self, tensors: dict[str, Tensor]) -> dict[str, str]:
@@ -164,7 +180,15 @@ class Session:
         do = getattr(self, f"_do_{verb}", None)
         if do is None:
             raise ProtocolError(f"'{verb}' is nothing that a client can ask for")
-        return do(head, tensors)
+        if self.rows is None or not (head.forward.rows or head.keep_rows.rows):
+            return do(head, tensors)
+        check_rows(head, tensors, self.width)
+        answer = do(head, self.rows.joined(head, tensors) if verb == "forward" else tensors)
+        self.rows.keep_those_in(message)
+        return answer
+
+    def _do_keep_rows(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {}  # looked at before and kept afterwards, as with a forward
 
     def _do_forward(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         asked = head.forward

@@ -24,6 +24,7 @@ from cutlayer.server.database import Journal
 from cutlayer.server.names import is_plain_name
 from cutlayer.server.optimizers import OPTIMIZERS
 from cutlayer.server.quotas import Desk
+from cutlayer.server.rows import RowStore
 from cutlayer.server.session import Reply, Session
 from cutlayer.server.session_table import Entry, SessionTable
 from cutlayer.server.store import State, Store
@@ -56,6 +57,7 @@ class Sessions:
         keeps_adapter: bool = False,
         watch: Watch | None = None,
         desk: Desk | None = None,
+        row_ttl_s: float = 0.0,
     ) -> None:
         self.watch = watch or Watch()
         self.desk = desk or Desk()
@@ -65,6 +67,7 @@ class Sessions:
         self.limits = limits or Limits()
         self.keeps_adapter = keeps_adapter
         self._store = store
+        self._rows = RowStore(store.root, row_ttl_s, lambda tenant: self.desk.of(tenant).row_bytes)
         self._journal = Journal(store.root)
         self._table = SessionTable(self._journal)
         self._open: dict[str, Session] = {}
@@ -98,6 +101,7 @@ class Sessions:
             max_rank=self.limits.max_rank,
             idle_timeout_s=self.limits.idle_timeout_s,
             lease_s=self.limits.lease_s,
+            row_ttl_s=self._rows.ttl_s,
         )
 
     def open(self, tenant: str, asked: pb.OpenSessionRequest) -> Session:
@@ -113,6 +117,8 @@ class Sessions:
             faults.append(f"codec '{asked.codec}' is unknown here: one of {', '.join(CODECS)}")
         if not is_plain_name(asked.run):
             faults.append(f"run name '{asked.run}' is not plain (letters, digits, '.', '_', '-')")
+        if asked.rows and not self._rows.ttl_s:
+            faults.append("rows are not kept here for send-once (serve --send_once_ttl_s)")
         ranks = [module.rank for module in asked.lora.modules]
         if ranks and not 1 <= min(ranks) <= max(ranks) <= self.limits.max_rank:
             faults.append(f"LoRA rank {max(ranks)} is not within 1 and {self.limits.max_rank}")
@@ -160,10 +166,16 @@ class Sessions:
             mark_aside=self._mark_aside,
             mark_now=self._write_mark,
             desk=self.desk,
+            rows=self._rows.of(tenant, asked.run, asked.rows),
         )
 
     def attach(
-        self, tenant: str, identifier: str, received: int, hang_up: Callable[[], None]
+        self,
+        tenant: str,
+        identifier: str,
+        received: int,
+        hang_up: Callable[[], None],
+        rows_key: bytes = b"",
     ) -> tuple[Session, int, list[Reply]]:
         """Begin a stream of a session, one that is parked or was lost with its server included.
 
@@ -172,6 +184,7 @@ class Sessions:
             identifier: The session.
             received: The last reply that has reached the client.
             hang_up: Ends the stream.
+            rows_key: Opens the rows that were sent once.
 
         Returns:
             The session, the number of its stream, and what must be said on it first.
@@ -187,7 +200,7 @@ class Sessions:
                 session = self._revived(tenant, identifier)
             if session is None or session.tenant != tenant:
                 raise Refused("there is no such session: it was closed or never opened")
-            return session, *session.attach(received, hang_up)
+            return session, *session.attach(received, hang_up, rows_key)
 
         attached: tuple[Session, int, list[Reply]] = self.on_trunk(attach, tenant).result()
         return attached
@@ -281,8 +294,9 @@ class Sessions:
                 session.hang_up()
 
     def _sweep(self) -> None:
-        """Park sessions whose tenants were silent for longer than the lease."""
+        """Park sessions whose tenants were silent for longer than the lease; drop old rows."""
         while not self._stopping.wait(min(self.limits.lease_s / 4, 5.0)):
+            self._rows.sweep_if_due()
             for session in list(self._open.values()):
                 if self._is_silent(session):
                     with contextlib.suppress(Stopped):
@@ -297,8 +311,8 @@ class Sessions:
 
     # ------------------------------------------------------------------ the end
 
-    def get(self, tenant: str, identifier: str) -> None:
-        """Make sure that a session is this tenant's, open or parked.
+    def get(self, tenant: str, identifier: str) -> Entry:
+        """Return a session of this tenant's, open or parked.
 
         Raises:
             Refused: If there is none; another tenant's is told the same way.
@@ -306,14 +320,20 @@ class Sessions:
         entry = self._table.find(identifier)
         if entry is None or entry.tenant != tenant:
             raise Refused("there is no such session: it was closed or never opened")
+        return entry
 
-    def close(self, tenant: str, identifier: str) -> None:
+    def close(self, tenant: str, identifier: str, *, keep_rows: bool = False) -> None:
         """End a session for good; what the server keeps is saved first.
+
+        Args:
+            tenant: Whose it is.
+            identifier: The session.
+            keep_rows: Keep what was sent once, for a run that will be resumed.
 
         Raises:
             Refused: If there is none; another tenant's is told the same way.
         """
-        self.get(tenant, identifier)
+        run = self.get(tenant, identifier).run
 
         def end() -> None:
             session = self._open.get(identifier)
@@ -332,6 +352,8 @@ class Sessions:
                 log.info("tenant %s closed run %s", tenant, entry.run)
 
         self.on_trunk(end, tenant).result()
+        if not keep_rows:
+            self._rows.drop(tenant, run)
 
     def on_trunk(self, work: Callable[[], Any], tenant: str = "") -> Future[Any]:
         """Have the trunk's thread do something in a tenant's turn."""
@@ -347,6 +369,7 @@ class Sessions:
             self.on_trunk(partial(self._park, session), session.tenant)
         self._thread.stop(_DRAIN_S)
         self._marks.shutdown()
+        self._rows.close()
         self._journal.close()
 
 

@@ -139,6 +139,8 @@ def tokens_in(asked: pb.Head) -> int:
     """Return how many tokens a forward asks the trunk to compute, padding included; else 0."""
     if asked.WhichOneof("verb") != "forward":
         return 0
+    if asked.forward.rows:
+        return len(asked.forward.rows) * int(asked.forward.row_tokens)
     shapes = [meta.shape for meta in asked.tensors if meta.name == "smashed"]
     return int(shapes[0][0] * shapes[0][1]) if shapes and len(shapes[0]) == 3 else 0
 

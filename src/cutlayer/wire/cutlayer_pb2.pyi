@@ -60,7 +60,7 @@ class DescribeRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class Offer(_message.Message):
-    __slots__ = ("agreement", "model_id", "version", "codecs", "optimizers", "keeps_adapter", "max_message_bytes", "max_rank", "idle_timeout_s", "lease_s")
+    __slots__ = ("agreement", "model_id", "version", "codecs", "optimizers", "keeps_adapter", "max_message_bytes", "max_rank", "idle_timeout_s", "lease_s", "row_ttl_s")
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     MODEL_ID_FIELD_NUMBER: _ClassVar[int]
     VERSION_FIELD_NUMBER: _ClassVar[int]
@@ -71,6 +71,7 @@ class Offer(_message.Message):
     MAX_RANK_FIELD_NUMBER: _ClassVar[int]
     IDLE_TIMEOUT_S_FIELD_NUMBER: _ClassVar[int]
     LEASE_S_FIELD_NUMBER: _ClassVar[int]
+    ROW_TTL_S_FIELD_NUMBER: _ClassVar[int]
     agreement: Agreement
     model_id: str
     version: str
@@ -81,7 +82,8 @@ class Offer(_message.Message):
     max_rank: int
     idle_timeout_s: float
     lease_s: float
-    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., model_id: _Optional[str] = ..., version: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., keeps_adapter: bool = ..., max_message_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., lease_s: _Optional[float] = ...) -> None: ...
+    row_ttl_s: float
+    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., model_id: _Optional[str] = ..., version: _Optional[str] = ..., codecs: _Optional[_Iterable[str]] = ..., optimizers: _Optional[_Iterable[str]] = ..., keeps_adapter: bool = ..., max_message_bytes: _Optional[int] = ..., max_rank: _Optional[int] = ..., idle_timeout_s: _Optional[float] = ..., lease_s: _Optional[float] = ..., row_ttl_s: _Optional[float] = ...) -> None: ...
 
 class LoraModule(_message.Message):
     __slots__ = ("name", "rank", "alpha")
@@ -112,20 +114,22 @@ class LoraSpec(_message.Message):
     def __init__(self, modules: _Optional[_Iterable[_Union[LoraModule, _Mapping]]] = ..., dropout: _Optional[float] = ..., use_rslora: bool = ..., use_dora: bool = ..., gaussian_init: bool = ..., fan_in_fan_out: bool = ..., seed: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("agreement", "lora", "run", "codec", "gradient_checkpointing", "take_up")
+    __slots__ = ("agreement", "lora", "run", "codec", "gradient_checkpointing", "take_up", "rows")
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
     TAKE_UP_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
     agreement: Agreement
     lora: LoraSpec
     run: str
     codec: str
     gradient_checkpointing: bool
     take_up: bool
-    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., lora: _Optional[_Union[LoraSpec, _Mapping]] = ..., run: _Optional[str] = ..., codec: _Optional[str] = ..., gradient_checkpointing: bool = ..., take_up: bool = ...) -> None: ...
+    rows: str
+    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., lora: _Optional[_Union[LoraSpec, _Mapping]] = ..., run: _Optional[str] = ..., codec: _Optional[str] = ..., gradient_checkpointing: bool = ..., take_up: bool = ..., rows: _Optional[str] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape")
@@ -146,10 +150,12 @@ class OpenSessionReply(_message.Message):
     def __init__(self, session: _Optional[str] = ..., parameters: _Optional[_Iterable[_Union[Parameter, _Mapping]]] = ..., keeps_adapter: bool = ...) -> None: ...
 
 class CloseSessionRequest(_message.Message):
-    __slots__ = ("session",)
+    __slots__ = ("session", "keep_rows")
     SESSION_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ROWS_FIELD_NUMBER: _ClassVar[int]
     session: str
-    def __init__(self, session: _Optional[str] = ...) -> None: ...
+    keep_rows: bool
+    def __init__(self, session: _Optional[str] = ..., keep_rows: bool = ...) -> None: ...
 
 class CloseSessionReply(_message.Message):
     __slots__ = ()
@@ -170,7 +176,7 @@ class TensorMeta(_message.Message):
     def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., nbytes: _Optional[int] = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("sequence", "tensors", "follows", "received", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "mark", "retain", "done", "working", "failure", "attached")
+    __slots__ = ("sequence", "tensors", "follows", "received", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "mark", "retain", "keep_rows", "done", "working", "failure", "attached", "missing")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
@@ -190,10 +196,12 @@ class Head(_message.Message):
     RELEASE_FIELD_NUMBER: _ClassVar[int]
     MARK_FIELD_NUMBER: _ClassVar[int]
     RETAIN_FIELD_NUMBER: _ClassVar[int]
+    KEEP_ROWS_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
     ATTACHED_FIELD_NUMBER: _ClassVar[int]
+    MISSING_FIELD_NUMBER: _ClassVar[int]
     sequence: int
     tensors: _containers.RepeatedCompositeFieldContainer[TensorMeta]
     follows: int
@@ -213,14 +221,16 @@ class Head(_message.Message):
     release: Release
     mark: Mark
     retain: Retain
+    keep_rows: KeepRows
     done: Done
     working: Working
     failure: Failure
     attached: Attached
-    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., follows: _Optional[int] = ..., received: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., mark: _Optional[_Union[Mark, _Mapping]] = ..., retain: _Optional[_Union[Retain, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ...) -> None: ...
+    missing: Missing
+    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., follows: _Optional[int] = ..., received: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., mark: _Optional[_Union[Mark, _Mapping]] = ..., retain: _Optional[_Union[Retain, _Mapping]] = ..., keep_rows: _Optional[_Union[KeepRows, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ...) -> None: ...
 
 class Forward(_message.Message):
-    __slots__ = ("training", "keep_graph", "wants_gradient", "seed", "autocast", "adapter_disabled", "cache", "past_tokens", "cache_rows")
+    __slots__ = ("training", "keep_graph", "wants_gradient", "seed", "autocast", "adapter_disabled", "cache", "past_tokens", "cache_rows", "rows", "row_tokens")
     TRAINING_FIELD_NUMBER: _ClassVar[int]
     KEEP_GRAPH_FIELD_NUMBER: _ClassVar[int]
     WANTS_GRADIENT_FIELD_NUMBER: _ClassVar[int]
@@ -230,6 +240,8 @@ class Forward(_message.Message):
     CACHE_FIELD_NUMBER: _ClassVar[int]
     PAST_TOKENS_FIELD_NUMBER: _ClassVar[int]
     CACHE_ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_TOKENS_FIELD_NUMBER: _ClassVar[int]
     training: bool
     keep_graph: bool
     wants_gradient: bool
@@ -239,7 +251,17 @@ class Forward(_message.Message):
     cache: int
     past_tokens: int
     cache_rows: _containers.RepeatedScalarFieldContainer[int]
-    def __init__(self, training: bool = ..., keep_graph: bool = ..., wants_gradient: bool = ..., seed: _Optional[int] = ..., autocast: _Optional[str] = ..., adapter_disabled: bool = ..., cache: _Optional[int] = ..., past_tokens: _Optional[int] = ..., cache_rows: _Optional[_Iterable[int]] = ...) -> None: ...
+    rows: _containers.RepeatedScalarFieldContainer[bytes]
+    row_tokens: int
+    def __init__(self, training: bool = ..., keep_graph: bool = ..., wants_gradient: bool = ..., seed: _Optional[int] = ..., autocast: _Optional[str] = ..., adapter_disabled: bool = ..., cache: _Optional[int] = ..., past_tokens: _Optional[int] = ..., cache_rows: _Optional[_Iterable[int]] = ..., rows: _Optional[_Iterable[bytes]] = ..., row_tokens: _Optional[int] = ...) -> None: ...
+
+class KeepRows(_message.Message):
+    __slots__ = ("rows", "row_tokens")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ROW_TOKENS_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[bytes]
+    row_tokens: int
+    def __init__(self, rows: _Optional[_Iterable[bytes]] = ..., row_tokens: _Optional[int] = ...) -> None: ...
 
 class Backward(_message.Message):
     __slots__ = ("forward_sequence", "hold", "norms")
@@ -356,14 +378,16 @@ class Echo(_message.Message):
     def __init__(self) -> None: ...
 
 class Done(_message.Message):
-    __slots__ = ("compute_s", "queue_s", "durable")
+    __slots__ = ("compute_s", "queue_s", "durable", "not_kept")
     COMPUTE_S_FIELD_NUMBER: _ClassVar[int]
     QUEUE_S_FIELD_NUMBER: _ClassVar[int]
     DURABLE_FIELD_NUMBER: _ClassVar[int]
+    NOT_KEPT_FIELD_NUMBER: _ClassVar[int]
     compute_s: float
     queue_s: float
     durable: int
-    def __init__(self, compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., durable: _Optional[int] = ...) -> None: ...
+    not_kept: _containers.RepeatedScalarFieldContainer[bytes]
+    def __init__(self, compute_s: _Optional[float] = ..., queue_s: _Optional[float] = ..., durable: _Optional[int] = ..., not_kept: _Optional[_Iterable[bytes]] = ...) -> None: ...
 
 class Attached(_message.Message):
     __slots__ = ("reached", "durable", "replies")
@@ -374,6 +398,14 @@ class Attached(_message.Message):
     durable: int
     replies: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, reached: _Optional[int] = ..., durable: _Optional[int] = ..., replies: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Missing(_message.Message):
+    __slots__ = ("rows", "all")
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    ALL_FIELD_NUMBER: _ClassVar[int]
+    rows: _containers.RepeatedScalarFieldContainer[bytes]
+    all: bool
+    def __init__(self, rows: _Optional[_Iterable[bytes]] = ..., all: bool = ...) -> None: ...
 
 class Working(_message.Message):
     __slots__ = ()
