@@ -27,7 +27,7 @@ from benchmarks.common import (  # noqa: E402
     scratch,
     settings_of,
 )
-from benchmarks.processes import Server, memory_bytes  # noqa: E402
+from benchmarks.processes import Server, cpu_seconds, memory_bytes  # noqa: E402
 from cutlayer.cli.certs import issue  # noqa: E402
 from cutlayer.client.address import Address  # noqa: E402
 from cutlayer.client.connection import Connection  # noqa: E402
@@ -107,17 +107,21 @@ class Tenant:
 
 @dataclass
 class Window:
-    """What some tenants did in a stretch of time."""
+    """What some tenants did in a stretch of time, and what it took of the server's cores."""
 
     tokens_per_s: float
+    server_cpu_s_per_token: float
     trunk_s: list[float]
     waits_s: list[float]
 
 
-def work_together(tenants: Sequence[Tenant], seconds: float, steps: dict[int, int]) -> Window:
+def work_together(
+    server: Server, tenants: Sequence[Tenant], seconds: float, steps: dict[int, int]
+) -> Window:
     """Let tenants work at the same time; count what was finished in between."""
     until_s = time.monotonic() + seconds
     before = [(t.done_tokens, t.connection.traffic.trunk_s, len(t.waits_s)) for t in tenants]
+    cpu_s = cpu_seconds(server.pid)
 
     def work(index: int) -> None:
         tenant = tenants[index]
@@ -134,10 +138,10 @@ def work_together(tenants: Sequence[Tenant], seconds: float, steps: dict[int, in
     busy = [t.connection.traffic.trunk_s - b[1] for t, b in zip(tenants, before, strict=True)]
     for thread in threads:
         thread.join()
-    took_s = time.monotonic() - started_s
+    took_s, cpu_s = time.monotonic() - started_s, cpu_seconds(server.pid) - cpu_s
     tokens = sum(t.done_tokens - b[0] for t, b in zip(tenants, before, strict=True))
     waits = [w for t, b in zip(tenants, before, strict=True) for w in t.waits_s[b[2] :]]
-    return Window(tokens / took_s, busy, waits)
+    return Window(tokens / took_s, cpu_s / tokens, busy, waits)
 
 
 def jain(shares: Sequence[float]) -> float:
@@ -169,14 +173,18 @@ def measure(
             resident = memory_bytes(server.pid)["rss"] / MIB
             # One, many, one: what the machine does meanwhile weighs on both.
             windows = [
-                work_together(tenants[:n], seconds * (1 if n == 1 else 2), steps)
+                work_together(server, tenants[:n], seconds * (1 if n == 1 else 2), steps)
                 for n in (1, count, 1)
             ]
             alone = median([windows[0].tokens_per_s, windows[2].tokens_per_s])
             ratio = windows[1].tokens_per_s / alone
             ratios += [ratio] if count > 1 else []  # of one to itself it says how steady we are
+            cpu_alone = median(
+                [windows[0].server_cpu_s_per_token, windows[2].server_cpu_s_per_token]
+            )
             figures |= {
                 f"aggregate_ratio_{count}": ratio,
+                f"server_cpu_ratio_{count}": windows[1].server_cpu_s_per_token / cpu_alone,
                 f"queue_wait_p50_s_{count}": quantile(windows[1].waits_s, 0.5),
                 f"queue_wait_p99_s_{count}": quantile(windows[1].waits_s, 0.99),
                 f"server_rss_mib_{count}": resident,
@@ -187,7 +195,7 @@ def measure(
         figures["mib_per_tenant"] = grown / (counts[-1] - counts[0])
         few = tenants[: min(8, counts[-1])]
         few[0].in_flight = GREEDY * IN_FLIGHT
-        greedy = work_together(few, 6 * seconds, steps)
+        greedy = work_together(server, few, 6 * seconds, steps)
         figures["jain"] = jain(greedy.trunk_s)
         figures["greedy_share_over_fair"] = greedy.trunk_s[0] * len(few) / sum(greedy.trunk_s)
         for tenant in tenants:

@@ -212,7 +212,9 @@ class _Stream:
                 wait_for_tokens(self._session.tenant, tokens_in(message.head), self._ended)
                 arrived_s = time.monotonic()
                 work = functools.partial(self._answer, message, arrived_s)
-                last = self._sessions.on_trunk(work, self._session.tenant)
+                # No other verb has the flag: of them it is false.
+                begins = message.head.forward.keep_graph
+                last = self._sessions.on_trunk(work, self._session.tenant, begins=begins)
                 del frame, message, work
         except ProtocolError as error:
             self._outgoing.put((_failure(error), []))

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import math
 import secrets
 import threading
 import time
@@ -18,9 +17,10 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from cutlayer.errors import ConfigError, CutlayerError, Refused
+from cutlayer.errors import CutlayerError, Refused
 from cutlayer.server.access import Limits
 from cutlayer.server.database import Journal
+from cutlayer.server.lora import lora_of
 from cutlayer.server.names import is_plain_name
 from cutlayer.server.optimizers import OPTIMIZERS
 from cutlayer.server.quotas import Desk
@@ -31,7 +31,6 @@ from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
 from cutlayer.server.worker import Stopped, TrunkThread, give_memory_back
-from cutlayer.split.adapters import LoraTarget, TrunkLora
 from cutlayer.split.cut import Cut
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
@@ -71,7 +70,7 @@ class Sessions:
         self._journal = Journal(store.root)
         self._table = SessionTable(self._journal)
         self._open: dict[str, Session] = {}
-        self._thread = TrunkThread()
+        self._thread = TrunkThread(self._holders)
         self._marks = ThreadPoolExecutor(1, thread_name_prefix="marks")
         self._marking: set[str] = set()
         self._mark_lock = threading.RLock()
@@ -81,6 +80,9 @@ class Sessions:
     def in_memory(self, tenant: str | None = None) -> list[Session]:
         """Return the sessions that are not parked, of all tenants or of one."""
         return [s for s in list(self._open.values()) if tenant in (None, s.tenant)]
+
+    def _holders(self) -> set[str]:
+        return {session.tenant for session in self._open.values() if session.trunk.pending}
 
     def known(self) -> list[Entry]:
         """Return all sessions, the parked ones too."""
@@ -151,7 +153,7 @@ class Sessions:
 
     def _made(self, identifier: str, tenant: str, asked: pb.OpenSessionRequest) -> Session:
         cut = Cut(asked.agreement.lower, asked.agreement.upper)
-        lora = _lora_of(asked.lora, self.trunk, cut)
+        lora = lora_of(asked.lora, self.trunk, cut)
         give_memory_back()  # else the tenant's tensors settle between another's activations
         return Session(
             identifier=identifier,
@@ -355,9 +357,11 @@ class Sessions:
         if not keep_rows:
             self._rows.drop(tenant, run)
 
-    def on_trunk(self, work: Callable[[], Any], tenant: str = "") -> Future[Any]:
-        """Have the trunk's thread do something in a tenant's turn."""
-        return self._thread.submit(work, tenant)
+    def on_trunk(
+        self, work: Callable[[], Any], tenant: str = "", *, begins: bool = False
+    ) -> Future[Any]:
+        """Have the trunk's thread do something in a tenant's turn; `begins` leaves a graph."""
+        return self._thread.submit(work, tenant, begins=begins)
 
     def stop(self) -> None:
         """Finish what was handed in, mark where each session stands, and stop.
@@ -371,30 +375,3 @@ class Sessions:
         self._marks.shutdown()
         self._rows.close()
         self._journal.close()
-
-
-def _lora_of(asked: pb.LoraSpec, trunk: SharedTrunk, cut: Cut) -> TrunkLora:
-    layers = dict(trunk.anatomy.layers(trunk.model).named_modules())
-    prefix = trunk.anatomy.layers_path + "."
-    for module in asked.modules:
-        inner = module.name.removeprefix(prefix)
-        number = inner.partition(".")[0]
-        in_trunk = inner != module.name and number.isdigit() and int(number) in cut
-        if not in_trunk or inner not in layers:
-            raise ConfigError(
-                f"LoRA target '{module.name}' is no module of layers {cut}: the client and the "
-                "server disagree about the model"
-            )
-        if not (math.isfinite(module.alpha) and module.alpha > 0):
-            raise ConfigError(f"LoRA alpha {module.alpha} of '{module.name}' must be above 0")
-    if not 0 <= asked.dropout < 1:
-        raise ConfigError(f"LoRA dropout {asked.dropout} must be at least 0 and below 1")
-    return TrunkLora(
-        tuple(LoraTarget(m.name, m.rank, m.alpha) for m in asked.modules),
-        dropout=asked.dropout,
-        use_rslora=asked.use_rslora,
-        use_dora=asked.use_dora,
-        gaussian_init=asked.gaussian_init,
-        fan_in_fan_out=asked.fan_in_fan_out,
-        seed=asked.seed,
-    )
