@@ -74,7 +74,7 @@ class Tenant:
         cut = Cut(agreement.lower, agreement.upper)
         plan = plan_adapter(skeleton, lora, cut, train=("trunk",), seed=0)
         asked = pb.OpenSessionRequest(
-            agreement=agreement, lora=spec_of(plan), run="tenants", codec="raw"
+            agreement=agreement, lora=spec_of(plan), run="tenants", codecs={}
         )
         connection.open(asked)
         generator = torch.Generator().manual_seed(len(name))

@@ -27,9 +27,7 @@ def test_only_plain_names_of_the_trunks_modules_are_accepted(llama: Site, name: 
     """A pattern, an import path, or a module of the client's or of no weights is ConfigError."""
     connection = Connection(Address(llama.address, ca=llama.certs / "ca.pem"))
     lora = pb.LoraSpec(modules=[pb.LoraModule(name=name, rank=2, alpha=2.0)])
-    asked = pb.OpenSessionRequest(
-        agreement=connection.offer.agreement, run="names", codec="raw", lora=lora
-    )
+    asked = pb.OpenSessionRequest(agreement=connection.offer.agreement, run="names", lora=lora)
 
     with pytest.raises(ConfigError):
         connection.open(asked)

@@ -4,7 +4,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -15,7 +15,7 @@ from cutlayer.errors import DataError
 from cutlayer.privacy.mechanisms import Defense
 from cutlayer.privacy.transcript import Departure
 from cutlayer.split.cut import Trunk
-from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.codecs import codecs_of, in_force, round_trip
 
 __all__ = ["Text", "made_here", "padded", "picked", "texts_of"]
 
@@ -104,7 +104,7 @@ def made_here(
     batch: int = 8,
     trunk: Trunk | None = None,
     defenses: Sequence[Defense] = (),
-    codec: str = "raw",
+    codec: str | Mapping[str, str] = "raw",
     gradients: bool = True,
 ) -> list[Departure]:
     """Return what the first steps of a run would send, without sending it.
@@ -116,11 +116,13 @@ def made_here(
         trunk: The layers between. Without it the activations stand for the trunk's output, at
             which the gradient is then taken; label inversion is linear wherever it is.
         defenses: What is done to what leaves.
-        codec: How it is written on the wire.
+        codec: How it is written on the wire, as `connect` takes it. Statics are not learnt here:
+            what goes before them is written in more bits, and shows more.
         gradients: Whether training sends gradients at all.
     """
     at = {defense.site: defense for defense in defenses}
-    through = CODECS[codec]
+    codecs = codecs_of(codec)
+    up, back = in_force(codecs["activations_up"], None), codecs["gradients_up"]
     departures = []
     for number, start in enumerate(range(0, len(rows), batch), 1):
         ids_BT, mask_BT, labels_BT = padded(rows[start : start + batch])
@@ -128,7 +130,7 @@ def made_here(
             smashed_BTD = public.bottom(ids_BT, attention_mask=mask_BT)
             if "lower cut" in at:
                 smashed_BTD = at["lower cut"].apply(smashed_BTD, mask_BT)
-            smashed_BTD = through.decode(through.encode(smashed_BTD), smashed_BTD.dtype)
+            smashed_BTD = round_trip(up, smashed_BTD)
             trunk_out_BTD = smashed_BTD
             if trunk is not None:
                 trunk_out_BTD = trunk(smashed_BTD.clone(), {"attention_mask": mask_BT})
@@ -137,7 +139,7 @@ def made_here(
             grad_BTD = _gradient(public, trunk_out_BTD, mask_BT, labels_BT)
             if "upper cut" in at:
                 grad_BTD = at["upper cut"].apply(grad_BTD)
-            grad_BTD = through.decode(through.encode(grad_BTD), grad_BTD.dtype)
+            grad_BTD = round_trip(back, grad_BTD)
         departures.append(
             Departure(
                 number=number,

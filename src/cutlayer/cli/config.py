@@ -53,8 +53,8 @@ class SplitConfig:
     """Use no TLS."""
     attestation_policy: str | None = None
     """What the server must prove before anything is sent to it, a JSON file."""
-    codec: str = "raw"
-    """How activations and gradients are written on the wire."""
+    codec: str | dict[str, str] = "raw"
+    """How activations and gradients are written on the wire: one name, or names by departure."""
     chunks: int | str = 1
     """Micro-chunks of a training batch, or `auto`."""
     lean_head: bool = False

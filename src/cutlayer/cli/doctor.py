@@ -32,6 +32,7 @@ def run(args: argparse.Namespace) -> int:
         ConnectionFailed, TLSError, Refused: With what stands in the way.
     """
     from cutlayer.client.connect import connect
+    from cutlayer.wire.codecs import codec_words, codecs_of
 
     settle(args.threads)
     settings = read_run(args.config, args.overrides)
@@ -45,7 +46,11 @@ def run(args: argparse.Namespace) -> int:
     finally:
         model.close()
     report(args.format, facts, _text(facts))
-    if args.prove and not facts["proof"]["equal"] and given["codec"] == "raw":
+    if (
+        args.prove
+        and not facts["proof"]["equal"]
+        and codec_words(codecs_of(given["codec"])) == "raw"
+    ):
         raise Refused(
             f"the split model is not equal to the unsplit one (logits differ by "
             f"{facts['proof']['logits']:.2e}): do not train; report the model type"

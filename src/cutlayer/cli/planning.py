@@ -12,7 +12,7 @@ from cutlayer.cli.plan import SHAPES
 from cutlayer.errors import CannotCut, ModelError
 from cutlayer.split.adapters import PARTS
 from cutlayer.split.prediction import MOMENTS
-from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.codecs import CODECS, token_bytes
 from cutlayer.wire.tensors import DTYPES
 
 __all__ = ["bytes_of_token", "codecs", "faults", "machines", "pieces_of"]
@@ -23,23 +23,12 @@ _WEIGHTS = ("float32", "bfloat16", "float16")
 def codecs() -> list[str]:
     """Return the codecs that activations and gradients may both have, the most exact first."""
     both = {"activations", "gradients"}
-    return [name for name, codec in CODECS.items() if both <= set(_carries(name, codec))]
-
-
-def _carries(name: str, codec: Any) -> Any:
-    return getattr(codec, "carries", () if name == "int32" else ("activations", "gradients"))
+    return [name for name, codec in CODECS.items() if both <= codec.carries]
 
 
 def bytes_of_token(codec: str, dtype: Any) -> Callable[[int], float]:
     """Return a function from a model's width to the bytes of one position on the wire."""
-    chosen: Any = CODECS[codec]
-
-    def of_width(width: int) -> float:
-        if hasattr(chosen, "stored_bytes"):
-            return float(chosen.stored_bytes((1, width), dtype))
-        return float(width * chosen.stored_dtype(dtype).itemsize)
-
-    return of_width
+    return lambda width: token_bytes(codec, width, dtype)
 
 
 def faults(args: argparse.Namespace) -> list[str]:

@@ -102,7 +102,7 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
     from cutlayer.split.cut import Cut
     from cutlayer.split.footprint import footprint
     from cutlayer.split.loading import open_checkpoint, skeleton_of
-    from cutlayer.wire.codecs import CODECS
+    from cutlayer.wire.codecs import codecs_of, token_bytes
     from cutlayer.wire.tensors import DTYPES
 
     given = connect_settings(settings)
@@ -122,13 +122,17 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
     # A batch is padded to its longest sample, which lies near the upper end of the lengths.
     longest = lengths[int(0.95 * (len(lengths) - 1))]
     dtype = DTYPES[given["dtype"]]
+    width = checkpoint.config.get_text_config().hidden_size
     cost = footprint(
         skeleton,
         plan,
         cut,
         tokens=batch * longest,
         dtype=dtype,
-        wire_dtype=CODECS[given["codec"]].stored_dtype(dtype),
+        wire_bytes={
+            departure: token_bytes(name, width, dtype)
+            for departure, name in codecs_of(given["codec"]).items()
+        },
     )
     steps = sft.max_steps
     if steps <= 0:

@@ -149,6 +149,7 @@ def transcript_of(
 ) -> Any:
     """Return the writer of a run's transcript, `None` if none is wanted."""
     from cutlayer.privacy.transcript import TranscriptWriter
+    from cutlayer.wire.codecs import codec_words, codecs_of
 
     if not run.split.transcript:
         return None
@@ -159,7 +160,7 @@ def transcript_of(
         "num_layers": num_layers,
         "lower": given["bottom_layers"],
         "upper": num_layers - given["top_layers"],
-        "codec": given["codec"],
+        "codec": codec_words(codecs_of(given["codec"])),
         "dtype": given["dtype"],
         "profile": run.split.privacy_profile,
         "train": parts_of(run),

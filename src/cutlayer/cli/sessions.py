@@ -57,6 +57,8 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _sessions(table: Any, state_dir: Path) -> list[dict[str, Any]]:
+    from cutlayer.wire.codecs import codec_words
+
     live = {(run["tenant"], run["run"]): run for run in facts_of(state_dir).get("runs", [])}
     found = []
     for entry in table.all():
@@ -70,7 +72,7 @@ def _sessions(table: Any, state_dir: Path) -> list[dict[str, Any]]:
             "marked_s": entry.marked_s,
             "layers": f"{agreement.lower}:{agreement.upper}",
             "rank": max((module.rank for module in modules), default=0),
-            "codec": entry.asked.codec,
+            "codec": codec_words(entry.asked.codecs),
         }
         now = live.get((entry.tenant, entry.run), {})
         found.append(facts | {k: now[k] for k in ("state", "step", "pending") if k in now})

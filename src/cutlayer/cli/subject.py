@@ -51,6 +51,7 @@ def subject_of_config(args: argparse.Namespace, tell: Any) -> Subject:
     from cutlayer.audit.unfinished import digest_of
     from cutlayer.cli.data import load_tokenizer
     from cutlayer.cli.privacy import cost_of, parts_of
+    from cutlayer.wire.codecs import codec_words, codecs_of
 
     disable_progress_bar()
     settings = read_run(args.config, args.overrides)
@@ -84,7 +85,7 @@ def subject_of_config(args: argparse.Namespace, tell: Any) -> Subject:
         "model": given["model"],
         "revision": given["revision"] or "",
         "cut": str(public.cut),
-        "codec": given["codec"],
+        "codec": codec_words(codecs_of(given["codec"])),
         "defense": _named(defenses),
         "source": "samples",
     }

@@ -216,7 +216,8 @@ def arrange_rows(split: Any, asked: pb.OpenSessionRequest) -> RowsAhead | None:
     once, remote = split.connection.once, split.remote_trunk
     if once is None:
         return None
-    about = asked.agreement.SerializeToString(deterministic=True) + asked.codec.encode()
+    codec = asked.codecs["activations_up"]
+    about = asked.agreement.SerializeToString(deterministic=True) + codec.encode()
     once.bind(about + _digest_of_frozen(split, remote))
     caches = bool(getattr(split.hf_model.config.get_text_config(), "use_cache", False))
     top_only = functools.partial(bottom_bypassed, split.hf_model, split.anatomy, split.cut)

@@ -37,7 +37,7 @@ from cutlayer.split.cut import Cut
 from cutlayer.split.entry import watch_entry
 from cutlayer.split.loading import Checkpoint, Skeleton, load_ends, open_checkpoint, skeleton_of
 from cutlayer.wire import cutlayer_pb2 as pb
-from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.codecs import codec_faults, codecs_of
 from cutlayer.wire.tensors import DTYPES
 
 __all__ = ["connect"]
@@ -68,7 +68,7 @@ def connect(
     token: str | None = None,
     plaintext: bool = False,
     attestation_policy: str | Path | None = None,
-    codec: str = "raw",
+    codec: str | Mapping[str, str] = "raw",
     chunks: int | str = 1,
     lean_head: bool = False,
     send_once: bool | str | Path = False,
@@ -111,7 +111,8 @@ def connect(
         token: The token itself, in place of its file.
         plaintext: Use no TLS: everybody on the way reads what is sent.
         attestation_policy: What the server must prove before anything is sent to it, a JSON file.
-        codec: How activations and gradients are written; `raw` is bit-exact.
+        codec: How activations and gradients are written, one name or names by `DEPARTURES` of
+            wire/codecs.py; `raw` is bit-exact.
         chunks: Micro-chunks of a training batch; 1 is bit-exact, `auto` finds the best number.
         lean_head: Run the LM head at labelled positions only, in tiles; exact up to rounding.
         send_once: Have the server keep the activations of each row, so that later epochs name it:
@@ -138,7 +139,7 @@ def connect(
         AttestationFailed: If it does not prove what the policy asks for; nothing was sent.
         Refused: If the two sides do not hold the same model, or the server says no.
     """
-    _check(codec, chunks, dtype, lean_head and task)
+    codecs = _checked(codecs_of(codec), chunks, dtype, lean_head and task)
     _check_books(defenses, ledger)
     checkpoint, skeleton = _opened(model, revision, task, config_overrides)
     layers = skeleton.anatomy.num_layers
@@ -161,15 +162,15 @@ def connect(
             agreement=agreement_of(checkpoint, skeleton, cut, **held),
             lora=spec_of(plan),
             run=run or f"run-{uuid.uuid4().hex[:12]}",
-            codec=codec,
+            codecs=codecs,
             gradient_checkpointing=gradient_checkpointing,
             take_up=take_up,
         )
         reply = connection.open(asked)
         check_parameters(plan, connection)
-        remote.entry = watch_entry(ends, skeleton.anatomy)
-        remote.link, remote.trains = TrunkLink(connection, codec=codec), bool(plan.trunk.targets)
-        remote.departures = Departures(defenses, ledger, transcript, codec)
+        remote.entry, remote.trains = watch_entry(ends, skeleton.anatomy), bool(plan.trunk.targets)
+        remote.link = link = TrunkLink(connection, codecs=codecs)
+        remote.departures = Departures(defenses, ledger, transcript, link.as_it_arrives)
         defend_embedding(ends, defenses)
         split = _CLASSES[task](ends.requires_grad_(False), ends_config(plan), ADAPTER)
         seed_adapter(split, seed)
@@ -189,18 +190,19 @@ def _check_books(defenses: Sequence[Defense], ledger: Ledger | None) -> None:
         raise ConfigError("a defense with a guarantee needs a ledger that books what leaves")
 
 
-def _check(codec: str, chunks: int | str, dtype: str, lean_head_of: str | bool) -> None:
-    faults = []
+def _checked(
+    codecs: dict[str, str], chunks: int | str, dtype: str, lean_head_of: str | bool
+) -> dict[str, str]:
+    faults = codec_faults(codecs)
     if lean_head_of not in (False, "causal-lm"):
         faults.append(f"lean_head is for a causal-lm: the head of '{lean_head_of}' is small")
-    if codec not in CODECS:
-        faults.append(f"codec '{codec}' is unknown: one of {', '.join(CODECS)}")
     if chunks != "auto" and (isinstance(chunks, str) or chunks < 1):
         faults.append(f"chunks={chunks} must be a number of at least 1, or 'auto'")
     if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
         faults.append(f"dtype '{dtype}' is unknown: float32, bfloat16 or float16")
     if faults:
         raise ConfigError("; ".join(faults))
+    return codecs
 
 
 def _opened(

@@ -26,6 +26,7 @@ from cutlayer.client.send_once import SendOnce
 from cutlayer.errors import BY_CODE, ConnectionFailed, CutlayerError, ProtocolError, Refused
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Assembler, Message, frames_of
+from cutlayer.wire.statics import Statics
 from cutlayer.wire.tensors import attach_tensors, read_tensors
 
 __all__ = ["Connection"]
@@ -77,6 +78,7 @@ class Connection:
         self.traffic = Traffic()
         self.norms: Tensor | None = None
         self.once: SendOnce | None = None
+        self.statics: dict[str, Statics] = {}  # what codecs know of the tensors that are named
         self.session = self.run = ""
         self.parameters: dict[str, tuple[int, ...]] = {}
         self._connect_timeout_s = connect_timeout_s
@@ -269,7 +271,8 @@ class Connection:
             raise _RowsMissing
         if verb == "failure" and not head.sequence:
             raise BY_CODE.get(head.failure.code, Refused)(head.failure.message)
-        tensors = read_tensors(message) if verb == "done" else {}  # before its waiter is let go
+        # Before its waiter is let go.
+        tensors = read_tensors(message, statics=self.statics) if verb == "done" else {}
         with self._send_lock:
             self._received = max(self._received, head.sequence)
             pending = self._waiting.pop(head.sequence, None)
@@ -316,7 +319,7 @@ class Connection:
             codecs: How they are written, by name; `raw` where none is named.
             unattended: Nobody will wait for the reply; a failure fails the session.
         """
-        parts = attach_tensors(head, tensors or {}, codecs=codecs)
+        parts = attach_tensors(head, tensors or {}, codecs=codecs, statics=self.statics)
         if self.once is not None:
             self.once.leaving(head, parts)
             head, parts = self._whole(head, parts)

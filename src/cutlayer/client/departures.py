@@ -11,7 +11,7 @@ is spent nothing leaves. What is recorded is what the server will have after the
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -25,7 +25,6 @@ from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
 from cutlayer.privacy.transcript import TranscriptWriter
 from cutlayer.split.entry import Entry
-from cutlayer.wire.codecs import CODECS
 
 __all__ = ["Departures"]
 
@@ -38,13 +37,13 @@ class Departures:
         defenses: At most one a channel.
         ledger: Where releases of formal defenses are booked.
         transcript: Where some of what leaves is kept for the audit.
-        codec: How tensors are written on the wire.
+        as_it_arrives: What the server has of a tensor by its name, after the codec.
     """
 
     defenses: Sequence[Defense] = ()
     ledger: Ledger | None = None
     transcript: TranscriptWriter | None = None
-    codec: str = "raw"
+    as_it_arrives: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
 
     def defended(self, hidden_BTD: Tensor, entry: Entry) -> Tensor:
         """Return the activations that may leave; differentiable.
@@ -82,7 +81,10 @@ class Departures:
             rows: The rows, some of which had left before.
         """
         if self.transcript and self.transcript.wants(step):
-            arrived_BTD = rows.as_the_server_has_it() if rows else self._as_it_arrives(smashed_BTD)
+            if rows:
+                arrived_BTD = rows.as_the_server_has_it()
+            else:
+                arrived_BTD = self.as_it_arrives("smashed", smashed_BTD.detach())
             self.transcript.activations(
                 number,
                 step,
@@ -115,7 +117,8 @@ class Departures:
             grad_BTD = defense.apply(grad_BTD, None)
             self._book(defense, records, grad_BTD)
         if self.transcript:
-            self.transcript.gradient(number, step, self._as_it_arrives(grad_BTD))
+            arrived_BTD = self.as_it_arrives("gradient", grad_BTD.detach())
+            self.transcript.gradient(number, step, arrived_BTD)
         return grad_BTD
 
     def defense(self, site: str) -> Defense | None:
@@ -133,10 +136,6 @@ class Departures:
         if self.ledger is None or ids_BT is None or len(ids_BT) != rows:
             return []  # counts for every record
         return [self.ledger.record_of(row.tolist()) for row in ids_BT]
-
-    def _as_it_arrives(self, tensor: Tensor) -> Tensor:
-        codec = CODECS[self.codec]
-        return codec.decode(codec.encode(tensor.detach()), tensor.dtype)
 
 
 def defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> None:

@@ -11,12 +11,15 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlayer.client.calibration import Calibration, Watched
 from cutlayer.client.connection import Connection
 from cutlayer.client.remote_trunk import Question
 from cutlayer.client.replies import Named, Pending
 from cutlayer.client.send_once import Batch
 from cutlayer.errors import ProtocolError
 from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.codecs import CODECS, codecs_of, in_force, round_trip
+from cutlayer.wire.statics import Statics, statics_as_tensors
 from cutlayer.wire.tensors import dtype_name
 
 __all__ = ["TrunkLink"]
@@ -28,13 +31,21 @@ class TrunkLink:
     What is asked leaves at once; nothing waits but a commit whose norms are not known yet.
     """
 
-    def __init__(self, connection: Connection, *, codec: str = "raw") -> None:
+    def __init__(self, connection: Connection, *, codecs: str | Mapping[str, str] = "raw") -> None:
+        """Ask through a session.
+
+        Args:
+            connection: The session.
+            codecs: How tensors are written, as the handshake agreed: one name, or by departure.
+        """
         self._connection = connection
-        self._codec = codec
+        self._codecs = codecs_of(codecs)
+        self._calibration = Calibration(self._codecs)
         self._wanted: dict[int, Tensor] = {}  # by forward
 
-    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named]:
+    def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named | Watched]:
         """Send activations; return the request's number and the trunk's output to come."""
+        self._calibrate_if_due()
         head = pb.Head(
             forward=pb.Forward(
                 training=question.training,
@@ -57,16 +68,46 @@ class TrunkLink:
             tensors["wanted"] = wanted_N
         codecs = self._codecs_of(tensors)
         pending = self._connection.request(head, tensors, codecs=codecs)
-        if wanted_N is None:
-            return pending.sequence, Named(pending, "trunk_out")
-        if question.keep_graph:
-            self._wanted[pending.sequence] = wanted_N
-        placed = functools.partial(_placed, wanted_N=wanted_N, shape=smashed_BTD.shape)
-        return pending.sequence, Named(pending, "trunk_out", placed)
+        output = Named(pending, "trunk_out")
+        if wanted_N is not None:
+            if question.keep_graph:
+                self._wanted[pending.sequence] = wanted_N
+            placed = functools.partial(_placed, wanted_N=wanted_N, shape=smashed_BTD.shape)
+            output = Named(pending, "trunk_out", placed)
+        # A token that goes on from a cache begins no text, and looks as if it did.
+        if self._calibration.learns and not question.past_tokens:
+            return pending.sequence, self._calibration.watched(smashed_BTD, question, output)
+        return pending.sequence, output
+
+    def _statics(self, name: str) -> Statics | None:
+        return self._connection.statics.get(name)
+
+    def _calibrate_if_due(self) -> None:
+        """Send what was learnt of a direction's activations, once; it is used from then on."""
+        statics = self._calibration.finished()
+        if statics:
+            tensors = statics_as_tensors(statics)
+            self._connection.request(pb.Head(calibrate=pb.Calibrate()), tensors, unattended=True)
+            self._connection.statics = self._connection.statics | statics
+
+    def as_it_arrives(self, name: str, tensor: Tensor) -> Tensor:
+        """Return a tensor that leaves as the server will have it: `smashed` or `gradient`."""
+        if name == "gradient":
+            return round_trip(self._codecs["gradients_up"], tensor)
+        statics = self._statics(name)
+        codec = in_force(self._codecs["activations_up"], statics)
+        return round_trip(codec, tensor, statics if CODECS[codec].learns else None)
 
     def _codecs_of(self, tensors: Mapping[str, Tensor]) -> dict[str, str]:
-        is_smashed = {name: name.partition("/")[0] == "smashed" for name in tensors}
-        return {name: self._codec if is_smashed[name] else "int32" for name in tensors}
+        up = self._codecs["activations_up"]
+        codecs = dict.fromkeys(tensors, "int32")
+        for name in tensors:
+            if name == "smashed":
+                codecs[name] = in_force(up, self._statics(name))
+            elif name.startswith("smashed/"):
+                # A row that is sent once outlives this session, and what it learnt.
+                codecs[name] = in_force(up, None)
+        return codecs
 
     def keep_rows(self, rows: Batch, carried: Mapping[str, Tensor]) -> Pending:
         """Send rows ahead of the forward that will name them; return the reply to come."""
@@ -83,7 +124,9 @@ class TrunkLink:
             grad_BTD = grad_BTD.flatten(0, 1)[wanted_N.to(grad_BTD.device)][None]
         asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
         head, tensors = pb.Head(backward=asked), {"gradient": grad_BTD}
-        pending = self._connection.request(head, tensors, codecs={"gradient": self._codec})
+        pending = self._connection.request(
+            head, tensors, codecs={"gradient": self._codecs["gradients_up"]}
+        )
         return Named(pending, "gradient")
 
     def commit(self, hold: int, factor: float, *, norms_are_of: int) -> None:

@@ -11,8 +11,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -29,7 +29,9 @@ from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import TenantTrunk
 from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.codecs import in_force
 from cutlayer.wire.frames import Message
+from cutlayer.wire.statics import Statics, statics_as_tensors, statics_of
 from cutlayer.wire.tensors import DTYPES, attach_tensors, read_tensors, refuse_not_finite
 
 __all__ = ["Reply", "Session"]
@@ -51,6 +53,7 @@ class Session:
         hang_up: Ends the attached stream; `None` while there is none.
         silent_since_s: When the last request came or the stream ended.
         saved_bytes: Bytes of the state that was saved last.
+        statics: What codecs know of the tensors that are named, from the client's `Calibrate`.
         memory: What this session uses, for its tenant's quotas.
         rows: What is kept of this run for send-once, if it was opened so.
     """
@@ -58,7 +61,7 @@ class Session:
     identifier: str
     tenant: str
     run: str
-    codec: str
+    codecs: Mapping[str, str]
     trunk: TenantTrunk
     store: Store
     limits: Limits
@@ -76,6 +79,7 @@ class Session:
     silent_since_s: float = field(default_factory=time.monotonic)
     saved_bytes: int = 0
     rows: RunRows | None = None
+    statics: dict[str, Statics] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.trunk)
@@ -132,7 +136,7 @@ class Session:
             log.exception("session of tenant %s: request failed", self.tenant)
             head.failure.code, head.failure.message = told_of(error)
             return self._remember(head, [])
-        parts = attach_tensors(head, tensors, codecs=self._codecs(tensors))
+        parts = self._attached(head, tensors)
         head.done.compute_s = time.monotonic() - started_s  # reading and writing tensors is in it
         head.done.queue_s = started_s - arrived_s
         head.done.durable = self.durable
@@ -140,8 +144,12 @@ class Session:
             head.done.not_kept.extend(self.rows.take_not_kept())
         return self._remember(head, parts)
 
-    def _codecs(self, tensors: dict[str, Tensor]) -> dict[str, str]:
-        return {name: self.codec for name in ("trunk_out", "gradient") if name in tensors}
+    def _attached(self, head: pb.Head, tensors: dict[str, Tensor]) -> list[memoryview]:
+        codecs = {
+            "trunk_out": in_force(self.codecs["activations_down"], self.statics.get("trunk_out")),
+            "gradient": self.codecs["gradients_down"],
+        }
+        return attach_tensors(head, tensors, codecs=codecs, statics=self.statics)
 
     def _remember(self, head: pb.Head, parts: list[memoryview]) -> Reply:
         self.replies[head.sequence] = (head, parts)
@@ -174,7 +182,9 @@ class Session:
 
     def _do(self, message: Message) -> dict[str, Tensor]:
         head = message.head
-        tensors = read_tensors(message)
+        tensors = read_tensors(
+            message, statics=self.statics, max_bytes=self.limits.max_message_bytes
+        )
         verb = head.WhichOneof("verb")
         do: Callable[[pb.Head, dict[str, Tensor]], dict[str, Tensor]] | None
         do = getattr(self, f"_do_{verb}", None)
@@ -311,12 +321,18 @@ class Session:
         self.take_up(head.load_state.step, head.load_state.run)
         if self.is_between_steps():
             # This request cannot be done again: what it reads may have been dropped by then.
-            self.mark_now(self, self.state())
+            self.mark_now(self, self.marked())
         return {}
 
     def _do_mark(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         if self.is_between_steps():
-            self.mark_aside(self, self.state())
+            self.mark_aside(self, self.marked())
+        return {}
+
+    def _do_calibrate(self, _head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+        if not {name.partition(".")[0] for name in tensors} <= {"smashed", "trunk_out"}:
+            raise ProtocolError(f"statics of {sorted(tensors)} came: of smashed and trunk_out")
+        self.statics = self.statics | statics_of(tensors, self.width)
         return {}
 
     def _do_retain(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
@@ -346,6 +362,10 @@ class Session:
             self.settings,
         )
 
+    def marked(self) -> State:
+        """Return all that this session is between steps: its state, and what it does not save."""
+        return replace(self.state(), statics=statics_as_tensors(self.statics))
+
     def is_between_steps(self) -> bool:
         """Say whether adapter and optimizer are all that this session is."""
         return not self.trunk.is_busy
@@ -365,6 +385,8 @@ class Session:
         Raises:
             Refused: If it does not fit.
         """
+        # A step that was saved has none: statics are those of a session, not of a step.
+        self.statics = statics_of(state.statics, self.width) or self.statics
         if not self.trunk.lora.targets:
             return
         self.trunk.import_adapter(state.adapter)

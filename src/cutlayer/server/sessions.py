@@ -34,7 +34,7 @@ from cutlayer.server.worker import Stopped, TrunkThread, give_memory_back
 from cutlayer.split.cut import Cut
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
-from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.codecs import CODECS, codec_faults, codecs_of
 
 __all__ = ["Sessions"]
 
@@ -115,8 +115,7 @@ class Sessions:
             StorageError: If the journal cannot be written.
         """
         faults = disagreements(asked.agreement, self.agreement)
-        if asked.codec not in CODECS:
-            faults.append(f"codec '{asked.codec}' is unknown here: one of {', '.join(CODECS)}")
+        faults += codec_faults(codecs_of(asked.codecs))
         if not is_plain_name(asked.run):
             faults.append(f"run name '{asked.run}' is not plain (letters, digits, '.', '_', '-')")
         if asked.rows and not self._rows.ttl_s:
@@ -144,7 +143,7 @@ class Sessions:
             self._open[session.identifier] = session
             if asked.take_up:
                 # What is taken up may have changed when this session must be made again.
-                self._write_mark(session, session.state())
+                self._write_mark(session, session.marked())
             return session
 
         opened: Session = self.on_trunk(make, tenant).result()
@@ -159,7 +158,7 @@ class Sessions:
             identifier=identifier,
             tenant=tenant,
             run=asked.run,
-            codec=asked.codec,
+            codecs=codecs_of(asked.codecs),
             trunk=self.trunk.tenant(cut, lora, gradient_checkpointing=asked.gradient_checkpointing),
             store=self._store,
             limits=self.limits,
@@ -282,7 +281,7 @@ class Sessions:
         """
         if session.is_between_steps() and session.last_sequence > session.durable:
             with contextlib.suppress(CutlayerError):  # a full disk: the older mark stays in force
-                self._write_mark(session, session.state())
+                self._write_mark(session, session.marked())
         self._let_go(session.identifier)
         give_memory_back()
         self.watch.happened("parked", session.tenant, session.run, step=session.trunk.step)

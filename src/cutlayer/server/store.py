@@ -1,7 +1,8 @@
 """What a server keeps of its tenants: adapters and optimizer states, as safetensors files.
 
     <root>/<tenant>/<run>/step-<n>~<k>/adapter.safetensors, optimizer.safetensors, state.json
-    <root>/<tenant>/<run>/mark-<n>/…    where a session stood after its request n
+    <root>/<tenant>/<run>/mark-<n>/…    where a session stood after its request n, and
+                                        statics.safetensors if its codecs have learnt
 
 A state is written aside, synced and renamed, so that a half-written one never has a final name. A
 step that is saved again gets the next k, and the older one is dropped when that stands: at no
@@ -14,7 +15,7 @@ import json
 import os
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -36,11 +37,14 @@ class State:
     adapter: Mapping[str, Tensor]
     optimizer: Mapping[str, Tensor]
     settings: Mapping[str, Any]
+    statics: Mapping[str, Tensor] = field(default_factory=dict)
+    """Of a mark: what codecs had learnt."""
 
     @property
     def size_bytes(self) -> int:
         """Bytes of its tensors, which is nearly all that it takes on the disk."""
-        return sum(t.nbytes for part in (self.adapter, self.optimizer) for t in part.values())
+        parts = (self.adapter, self.optimizer, self.statics)
+        return sum(t.nbytes for part in parts for t in part.values())
 
 
 @dataclass(frozen=True)
@@ -101,6 +105,8 @@ class Store:
             aside.mkdir(parents=True, mode=0o700)
             save_file(dict(state.adapter), aside / "adapter.safetensors")
             save_file(dict(state.optimizer), aside / "optimizer.safetensors")
+            if state.statics:
+                save_file(dict(state.statics), aside / "statics.safetensors")
             settings = {**state.settings, "step": state.step}
             (aside / "state.json").write_text(json.dumps(settings))
             for file in aside.iterdir():
@@ -124,6 +130,9 @@ class Store:
                 adapter=load_file(folder / "adapter.safetensors"),
                 optimizer=load_file(folder / "optimizer.safetensors"),
                 settings=settings,
+                statics=load_file(statics)
+                if (statics := folder / "statics.safetensors").exists()
+                else {},
             )
         except (OSError, SafetensorError, ValueError, KeyError) as error:
             raise Refused(

@@ -7,6 +7,7 @@ Numbers come from the model without memory (`Skeleton`), so they are those of th
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -19,6 +20,7 @@ from cutlayer.split.loading import Skeleton
 __all__ = ["Footprint", "footprint"]
 
 FLOAT32_BYTES = 4
+_DEPARTURES = ("activations_up", "activations_down", "gradients_up", "gradients_down")
 _ADAM_STATES = 4  # parameter, gradient and two moments
 
 
@@ -48,7 +50,7 @@ def footprint(
     *,
     tokens: int,
     dtype: torch.dtype = torch.float32,
-    wire_dtype: torch.dtype | None = None,
+    wire_bytes: Mapping[str, float] | None = None,
 ) -> Footprint:
     """Return what a step of so many tokens costs at this cut.
 
@@ -61,7 +63,8 @@ def footprint(
         cut: Where it is cut.
         tokens: Tokens in one step, padding included.
         dtype: Of the base weights.
-        wire_dtype: Of the activations on the wire, `dtype` by default.
+        wire_bytes: Of a token, for each of `activations_up`, `activations_down`, `gradients_up` and
+            `gradients_down`; those of `dtype` by default.
     """
     layers = skeleton.anatomy.layers(skeleton.model)
     trunk = sum(_numel(layers[n]) for n in range(cut.lower, cut.upper))
@@ -71,15 +74,16 @@ def footprint(
     head = skeleton.model.get_output_embeddings()
     head_numel = _numel(head) if isinstance(head, nn.Module) else 0
     width = skeleton.model.config.get_text_config().hidden_size
-    one_way = tokens * width * (wire_dtype or dtype).itemsize
+    plain = dict.fromkeys(_DEPARTURES, width * dtype.itemsize)
+    each = {name: round(tokens * size) for name, size in (plain | dict(wire_bytes or {})).items()}
     bottom_trains = any(_layer_below(name, skeleton, cut) for name in plan.client_parameters)
     return Footprint(
         client_weight_bytes=(whole - trunk) * dtype.itemsize,
         trunk_weight_bytes=trunk * dtype.itemsize,
         client_state_bytes=_state_bytes(plan.client_parameters),
         trunk_state_bytes=_state_bytes(plan.trunk_parameters),
-        up_bytes=2 * one_way,
-        down_bytes=(2 if bottom_trains else 1) * one_way,
+        up_bytes=each["activations_up"] + each["gradients_up"],
+        down_bytes=each["activations_down"] + (each["gradients_down"] if bottom_trains else 0),
         client_flops=tokens
         * (2.0 * bottom * (2 if bottom_trains else 1) + 4.0 * (top + head_numel)),
         trunk_flops=tokens * 4.0 * trunk,

@@ -6,7 +6,7 @@ from cutlayer.wire.cutlayer_pb2 import Agreement
 
 __all__ = ["PROTOCOL", "disagreements"]
 
-PROTOCOL = 2
+PROTOCOL = 3
 
 _REMEDIES = {
     "protocol": "install the same release of cutlayer on both sides",

@@ -114,22 +114,29 @@ class LoraSpec(_message.Message):
     def __init__(self, modules: _Optional[_Iterable[_Union[LoraModule, _Mapping]]] = ..., dropout: _Optional[float] = ..., use_rslora: bool = ..., use_dora: bool = ..., gaussian_init: bool = ..., fan_in_fan_out: bool = ..., seed: _Optional[int] = ...) -> None: ...
 
 class OpenSessionRequest(_message.Message):
-    __slots__ = ("agreement", "lora", "run", "codec", "gradient_checkpointing", "take_up", "rows")
+    __slots__ = ("agreement", "lora", "run", "gradient_checkpointing", "take_up", "rows", "codecs")
+    class CodecsEntry(_message.Message):
+        __slots__ = ("key", "value")
+        KEY_FIELD_NUMBER: _ClassVar[int]
+        VALUE_FIELD_NUMBER: _ClassVar[int]
+        key: str
+        value: str
+        def __init__(self, key: _Optional[str] = ..., value: _Optional[str] = ...) -> None: ...
     AGREEMENT_FIELD_NUMBER: _ClassVar[int]
     LORA_FIELD_NUMBER: _ClassVar[int]
     RUN_FIELD_NUMBER: _ClassVar[int]
-    CODEC_FIELD_NUMBER: _ClassVar[int]
     GRADIENT_CHECKPOINTING_FIELD_NUMBER: _ClassVar[int]
     TAKE_UP_FIELD_NUMBER: _ClassVar[int]
     ROWS_FIELD_NUMBER: _ClassVar[int]
+    CODECS_FIELD_NUMBER: _ClassVar[int]
     agreement: Agreement
     lora: LoraSpec
     run: str
-    codec: str
     gradient_checkpointing: bool
     take_up: bool
     rows: str
-    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., lora: _Optional[_Union[LoraSpec, _Mapping]] = ..., run: _Optional[str] = ..., codec: _Optional[str] = ..., gradient_checkpointing: bool = ..., take_up: bool = ..., rows: _Optional[str] = ...) -> None: ...
+    codecs: _containers.ScalarMap[str, str]
+    def __init__(self, agreement: _Optional[_Union[Agreement, _Mapping]] = ..., lora: _Optional[_Union[LoraSpec, _Mapping]] = ..., run: _Optional[str] = ..., gradient_checkpointing: bool = ..., take_up: bool = ..., rows: _Optional[str] = ..., codecs: _Optional[_Mapping[str, str]] = ...) -> None: ...
 
 class Parameter(_message.Message):
     __slots__ = ("name", "shape")
@@ -162,21 +169,23 @@ class CloseSessionReply(_message.Message):
     def __init__(self) -> None: ...
 
 class TensorMeta(_message.Message):
-    __slots__ = ("name", "dtype", "shape", "codec", "nbytes")
+    __slots__ = ("name", "dtype", "shape", "codec", "nbytes", "centred")
     NAME_FIELD_NUMBER: _ClassVar[int]
     DTYPE_FIELD_NUMBER: _ClassVar[int]
     SHAPE_FIELD_NUMBER: _ClassVar[int]
     CODEC_FIELD_NUMBER: _ClassVar[int]
     NBYTES_FIELD_NUMBER: _ClassVar[int]
+    CENTRED_FIELD_NUMBER: _ClassVar[int]
     name: str
     dtype: str
     shape: _containers.RepeatedScalarFieldContainer[int]
     codec: str
     nbytes: int
-    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., nbytes: _Optional[int] = ...) -> None: ...
+    centred: bool
+    def __init__(self, name: _Optional[str] = ..., dtype: _Optional[str] = ..., shape: _Optional[_Iterable[int]] = ..., codec: _Optional[str] = ..., nbytes: _Optional[int] = ..., centred: bool = ...) -> None: ...
 
 class Head(_message.Message):
-    __slots__ = ("sequence", "tensors", "follows", "received", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "mark", "retain", "keep_rows", "done", "working", "failure", "attached", "missing")
+    __slots__ = ("sequence", "tensors", "follows", "received", "forward", "backward", "optim_step", "zero_grad", "discard", "drop_cache", "export_adapter", "import_adapter", "save_state", "load_state", "echo", "commit", "release", "mark", "retain", "keep_rows", "calibrate", "done", "working", "failure", "attached", "missing")
     SEQUENCE_FIELD_NUMBER: _ClassVar[int]
     TENSORS_FIELD_NUMBER: _ClassVar[int]
     FOLLOWS_FIELD_NUMBER: _ClassVar[int]
@@ -197,6 +206,7 @@ class Head(_message.Message):
     MARK_FIELD_NUMBER: _ClassVar[int]
     RETAIN_FIELD_NUMBER: _ClassVar[int]
     KEEP_ROWS_FIELD_NUMBER: _ClassVar[int]
+    CALIBRATE_FIELD_NUMBER: _ClassVar[int]
     DONE_FIELD_NUMBER: _ClassVar[int]
     WORKING_FIELD_NUMBER: _ClassVar[int]
     FAILURE_FIELD_NUMBER: _ClassVar[int]
@@ -222,12 +232,13 @@ class Head(_message.Message):
     mark: Mark
     retain: Retain
     keep_rows: KeepRows
+    calibrate: Calibrate
     done: Done
     working: Working
     failure: Failure
     attached: Attached
     missing: Missing
-    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., follows: _Optional[int] = ..., received: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., mark: _Optional[_Union[Mark, _Mapping]] = ..., retain: _Optional[_Union[Retain, _Mapping]] = ..., keep_rows: _Optional[_Union[KeepRows, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ...) -> None: ...
+    def __init__(self, sequence: _Optional[int] = ..., tensors: _Optional[_Iterable[_Union[TensorMeta, _Mapping]]] = ..., follows: _Optional[int] = ..., received: _Optional[int] = ..., forward: _Optional[_Union[Forward, _Mapping]] = ..., backward: _Optional[_Union[Backward, _Mapping]] = ..., optim_step: _Optional[_Union[OptimStep, _Mapping]] = ..., zero_grad: _Optional[_Union[ZeroGrad, _Mapping]] = ..., discard: _Optional[_Union[Discard, _Mapping]] = ..., drop_cache: _Optional[_Union[DropCache, _Mapping]] = ..., export_adapter: _Optional[_Union[ExportAdapter, _Mapping]] = ..., import_adapter: _Optional[_Union[ImportAdapter, _Mapping]] = ..., save_state: _Optional[_Union[SaveState, _Mapping]] = ..., load_state: _Optional[_Union[LoadState, _Mapping]] = ..., echo: _Optional[_Union[Echo, _Mapping]] = ..., commit: _Optional[_Union[Commit, _Mapping]] = ..., release: _Optional[_Union[Release, _Mapping]] = ..., mark: _Optional[_Union[Mark, _Mapping]] = ..., retain: _Optional[_Union[Retain, _Mapping]] = ..., keep_rows: _Optional[_Union[KeepRows, _Mapping]] = ..., calibrate: _Optional[_Union[Calibrate, _Mapping]] = ..., done: _Optional[_Union[Done, _Mapping]] = ..., working: _Optional[_Union[Working, _Mapping]] = ..., failure: _Optional[_Union[Failure, _Mapping]] = ..., attached: _Optional[_Union[Attached, _Mapping]] = ..., missing: _Optional[_Union[Missing, _Mapping]] = ...) -> None: ...
 
 class Forward(_message.Message):
     __slots__ = ("training", "keep_graph", "wants_gradient", "seed", "autocast", "adapter_disabled", "cache", "past_tokens", "cache_rows", "rows", "row_tokens")
@@ -372,6 +383,10 @@ class Retain(_message.Message):
     STEPS_FIELD_NUMBER: _ClassVar[int]
     steps: _containers.RepeatedScalarFieldContainer[int]
     def __init__(self, steps: _Optional[_Iterable[int]] = ...) -> None: ...
+
+class Calibrate(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
 
 class Echo(_message.Message):
     __slots__ = ()

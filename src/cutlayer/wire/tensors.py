@@ -9,12 +9,14 @@ import torch
 from torch import Tensor
 
 from cutlayer.errors import NotFinite, ProtocolError
-from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.codecs import CODECS, Codec
 from cutlayer.wire.cutlayer_pb2 import Head, TensorMeta
 from cutlayer.wire.frames import Message
+from cutlayer.wire.statics import Statics
 
 __all__ = [
     "DTYPES",
+    "MAX_DECODED_BYTES",
     "attach_tensors",
     "bytes_of",
     "dtype_name",
@@ -35,6 +37,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_DIMS = 4
+
+MAX_DECODED_BYTES = 1 << 32
+"""What the tensors of one message may take in memory, unless the receiver says less."""
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -57,7 +62,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 
 
 def attach_tensors(
-    head: Head, tensors: Mapping[str, Tensor], *, codecs: Mapping[str, str] | None = None
+    head: Head,
+    tensors: Mapping[str, Tensor],
+    *,
+    codecs: Mapping[str, str] | None = None,
+    statics: Mapping[str, Statics] | None = None,
 ) -> list[memoryview]:
     """Describe the tensors in the head and return the parts of the body.
 
@@ -65,11 +74,13 @@ def attach_tensors(
         head: The head, to which the metas are added.
         tensors: What to send, by name.
         codecs: The codec of each tensor by name; `raw` where none is named.
+        statics: What codecs know of a tensor, by name.
     """
     parts = []
     for name, tensor in tensors.items():
         codec = (codecs or {}).get(name, "raw")
-        payload = bytes_of(CODECS[codec].encode(tensor))
+        known = (statics or {}).get(name) if CODECS[codec].learns else None
+        payload = bytes_of(CODECS[codec].encode(tensor.detach(), known))
         head.tensors.append(
             TensorMeta(
                 name=name,
@@ -77,21 +88,32 @@ def attach_tensors(
                 shape=list(tensor.shape),
                 codec=codec,
                 nbytes=len(payload),
+                centred=known is not None,
             )
         )
         parts.append(payload)
     return parts
 
 
-def read_tensors(message: Message) -> dict[str, Tensor]:
-    """Return the tensors of a message by name; they share the memory of its body.
+def read_tensors(
+    message: Message,
+    *,
+    statics: Mapping[str, Statics] | None = None,
+    max_bytes: int = MAX_DECODED_BYTES,
+) -> dict[str, Tensor]:
+    """Return the tensors of a message by name; they share the memory of its body where they can.
+
+    Args:
+        message: The message, whole.
+        statics: What codecs know of a tensor, by name.
+        max_bytes: How much memory the tensors may take once they are decoded.
 
     Raises:
-        ProtocolError: If a dtype or codec is unknown, a name comes twice, or the bytes are not
-            what shape, dtype and codec ask for.
+        ProtocolError: If a dtype or codec is unknown, a name comes twice, the bytes are not what
+            shape, dtype and codec ask for, or they would become more than `max_bytes`.
     """
     tensors: dict[str, Tensor] = {}
-    offset = 0
+    offset = decoded_bytes = 0
     for meta in message.head.tensors:
         if meta.dtype not in DTYPES or meta.codec not in CODECS or meta.name in tensors:
             raise ProtocolError(
@@ -99,24 +121,42 @@ def read_tensors(message: Message) -> dict[str, Tensor]:
                 "comes twice or is of an unknown kind"
             )
         codec, dtype, shape = CODECS[meta.codec], DTYPES[meta.dtype], tuple(meta.shape)
-        stored = codec.stored_dtype(dtype)
-        if len(shape) > _MAX_DIMS or prod(shape) * stored.itemsize != meta.nbytes:
+        known = _known(meta, codec, statics or {})
+        if len(shape) > _MAX_DIMS or codec.stored_bytes(shape, dtype, known) != meta.nbytes:
             raise ProtocolError(
                 f"tensor '{meta.name}' of shape {shape} and dtype {meta.dtype} in codec "
                 f"{meta.codec} cannot have {meta.nbytes} bytes"
             )
+        # A packed tensor is up to 32 times its bytes: what was announced is not what it takes.
+        decoded_bytes += prod(shape) * dtype.itemsize
+        if decoded_bytes > max_bytes:
+            raise ProtocolError(
+                f"message {message.head.sequence} would take {decoded_bytes} bytes once decoded: "
+                f"the limit is {max_bytes}; send smaller batches or more chunks"
+            )
         part = message.body[offset : offset + meta.nbytes]
         offset += meta.nbytes
-        # A slice of the body may start off the dtype's alignment; clone then, which is rare.
-        flat = (
+        stored = (
             torch.frombuffer(part, dtype=torch.uint8)
             if len(part)
             else torch.empty(0, dtype=torch.uint8)
         )
-        if flat.data_ptr() % stored.itemsize:
-            flat = flat.clone()
-        tensors[meta.name] = codec.decode(flat.view(stored).view(shape), dtype)
+        tensors[meta.name] = codec.decode(stored, shape, dtype, known)
     return tensors
+
+
+def _known(meta: TensorMeta, codec: Codec, statics: Mapping[str, Statics]) -> Statics | None:
+    """Return the statics that a tensor was encoded with, `None` if with none."""
+    if not meta.centred and codec.learns != "basis":
+        return None
+    known = statics.get(meta.name)
+    fits = known is not None and list(meta.shape[-1:]) == [known.width]
+    if not codec.learns or not fits or (codec.learns == "basis" and known.bits_K is None):  # type: ignore[union-attr]
+        raise ProtocolError(
+            f"tensor '{meta.name}' in codec {meta.codec} was written with statics that are not "
+            "held here"
+        )
+    return known
 
 
 def refuse_not_finite(tensor: Tensor, what: str, hint: str) -> None:

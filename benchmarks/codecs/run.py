@@ -1,0 +1,331 @@
+"""How few bytes can activations and gradients take before the held-out loss shows it?"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import random
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+HOME = Path(__file__).resolve().parent
+sys.path.insert(0, str(HOME.parents[1]))
+
+import cutlayer  # noqa: E402
+from benchmarks.codecs.errors import causality_violations, errors_of, speeds  # noqa: E402
+from benchmarks.common import (  # noqa: E402
+    ROOT,
+    Result,
+    make_certificates,
+    make_workload,
+    parser_of,
+    scratch,
+    settings_of,
+)
+from benchmarks.processes import Server  # noqa: E402
+from cutlayer.wire import cutlayer_pb2 as pb  # noqa: E402
+from cutlayer.wire.statics import statics_as_tensors  # noqa: E402
+
+PARTIAL = ROOT / ".data" / "codecs.partial.jsonl"
+DEMO_TOKENS = 3 * 2100 * 36
+"""Of the demo's task: three epochs of its samples of 36 tokens, about."""
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is trained and scored."""
+
+    rows: int
+    columns: int
+    batch: int
+    epochs: int
+    scored: int
+    seeds: int
+    lr: float = 1e-3
+
+
+FULL = Plan(rows=24, columns=96, batch=4, epochs=3, scored=24, seeds=3)
+QUICK = Plan(rows=48, columns=16, batch=8, epochs=2, scored=4, seeds=1)
+
+
+def by_departure(up: str, down: str, gradient: str) -> dict[str, str]:
+    """Return codecs of a run whose bottom trains nothing."""
+    return {"activations_up": up, "activations_down": down, "gradients_up": gradient}
+
+
+CODECS: dict[str, str | dict[str, str]] = {
+    "bf16": "bf16",
+    "klt1_rotated1": by_departure("klt1", "klt1", "rotated1"),
+    "rotated2_rotated1": by_departure("rotated2", "rotated2", "rotated1"),
+    "rotated2": by_departure("rotated2", "rotated2", "rotated2"),
+    "rotated4": by_departure("rotated4", "rotated4", "rotated4"),
+    "int8": "int8",
+}
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is trained: on which positions there is a loss, and what the client keeps."""
+
+    name: str
+    top_layers: int
+    loss_share: float
+
+
+SETTINGS = (Setting("equal_loss", 2, 1.0), Setting("instruct", 0, 0.3))
+
+
+@dataclass(frozen=True)
+class Task:
+    """Rows to train on and to score."""
+
+    train_RT: Tensor
+    held_RT: Tensor
+
+    def batch(self, rows_BT: Tensor, share: float) -> dict[str, Tensor]:
+        """Return rows as a model takes them; only the last share of each carries loss."""
+        labels_BT = rows_BT.clone()
+        labels_BT[:, : round((1 - share) * rows_BT.shape[1])] = -100
+        return {
+            "input_ids": rows_BT,
+            "attention_mask": torch.ones_like(rows_BT),
+            "labels": labels_BT,
+        }
+
+    def epochs(self, plan: Plan, share: float, seed: int) -> Iterator[dict[str, Tensor]]:
+        """Yield the batches of all epochs, each in an order of its own."""
+        drawn = random.Random(seed)
+        for _ in range(plan.epochs):
+            order = list(range(len(self.train_RT)))
+            drawn.shuffle(order)
+            for start in range(0, len(order), plan.batch):
+                yield self.batch(self.train_RT[order[start : start + plan.batch]], share)
+
+
+class Runs:
+    """Everything that a run needs: a server for each setting, the unsplit model, the text."""
+
+    def __init__(self, stack: ExitStack, args: Any, plan: Plan) -> None:
+        folder = stack.enter_context(scratch())
+        count = -(-(plan.rows + plan.scored) // plan.batch)
+        self.workload = make_workload(
+            args, folder, rows=plan.batch, columns=plan.columns, batches=count
+        )
+        from safetensors.torch import load_file
+
+        rows_RT = load_file(self.workload.tokens)["tokens"].flatten(0, 1)
+        scored = min(plan.scored, len(rows_RT) // 3)
+        self.task = Task(rows_RT[: min(plan.rows, len(rows_RT) - scored)], rows_RT[-scored:])
+        self.plan = plan
+        self.dtype = "float32" if args.quick else "bfloat16"
+        self.certificates = make_certificates(folder / "certs")
+        self.servers = {}
+        for setting in SETTINGS:
+            (folder / setting.name).mkdir()
+            self.servers[setting.name] = stack.enter_context(
+                Server(
+                    self.workload,
+                    self.certificates,
+                    folder / setting.name,
+                    top_layers=setting.top_layers,
+                    passive=True,
+                    dtype=self.dtype,
+                )
+            )
+        whole = AutoModelForCausalLM.from_pretrained(
+            self.workload.model, dtype=getattr(torch, self.dtype)
+        )
+        self.unsplit = get_peft_model(whole, self.lora()).eval()
+
+    @staticmethod
+    def lora() -> LoraConfig:
+        """Return the adapter that all runs train."""
+        return LoraConfig(
+            r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
+        )
+
+    def connect(self, setting: Setting, codec: Any, seed: int) -> Any:
+        """Return the split model of a run."""
+        return cutlayer.connect(
+            self.workload.model,
+            server=f"127.0.0.1:{self.servers[setting.name].port}",
+            ca=self.certificates.ca,
+            cert=self.certificates.cert,
+            key=self.certificates.key,
+            bottom_layers=2,
+            top_layers=setting.top_layers,
+            dtype=self.dtype,
+            codec=codec,
+            peft_config=self.lora(),
+            train=("trunk",),
+            lean_head=setting.loss_share < 1,
+            seed=seed,
+        )
+
+    @torch.no_grad()
+    def held_out_loss(self, adapter: dict[str, Tensor] | None, share: float) -> float:
+        """Return the unsplit model's loss with an adapter, no codec anywhere."""
+        if adapter is not None:
+            set_peft_model_state_dict(self.unsplit, adapter)
+        total = 0.0
+        with self.unsplit.disable_adapter() if adapter is None else _nothing():
+            for row_T in self.task.held_RT:
+                total += float(self.unsplit(**self.task.batch(row_T[None], share)).loss)
+        return total / len(self.task.held_RT)
+
+    def train(self, setting: Setting, codec: Any, seed: int) -> dict[str, float]:
+        """Train a run and return its held-out loss and the bytes that crossed the wire."""
+        began_s = time.perf_counter()
+        with self.connect(setting, codec, seed) as split:
+            trained = [p for p in split.parameters() if p.requires_grad]
+            optimizer = torch.optim.AdamW([{"params": trained}], lr=self.plan.lr)
+            clip = cutlayer.attach(optimizer, split).clip_grad_norm_
+            split.train()
+            traffic = split.connection.traffic
+            losses, at_step = [], []
+            for batch in self.task.epochs(self.plan, setting.loss_share, seed):
+                loss = split(**batch, use_cache=False).loss
+                loss.backward()
+                clip(split.parameters(), 1.0)
+                optimizer.step()
+                optimizer.zero_grad()
+                # Requests keep their order: with this answer all of the step's bytes are there.
+                split.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+                losses.append(float(loss))
+                at_step.append(traffic.sent_bytes + traffic.received_bytes)
+            statics = statics_as_tensors(split.connection.statics)
+            adapter = split.whole_adapter()
+        steps, tokens = len(at_step), self.plan.batch * self.plan.columns
+        # At the end of a run statics are learnt; what the others took more is paid once.
+        last = at_step[-steps // 3 :]
+        steady = statistics.median(b - a for a, b in itertools.pairwise(last))
+        return {
+            "held_out": self.held_out_loss(adapter, setting.loss_share),
+            "train_loss_last": statistics.fmean(losses[-steps // 3 :]),
+            "bytes_per_token": at_step[-1] / (steps * tokens),
+            "steady_bytes_per_token": steady / tokens,
+            "once_bytes": at_step[-1] - steps * steady,
+            "statics_bytes": float(sum(tensor.nbytes for tensor in statics.values())),
+            "seconds": time.perf_counter() - began_s,
+        }
+
+
+@contextmanager
+def _nothing() -> Iterator[None]:
+    yield
+
+
+def measured(key: str, args: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+    """Return what was measured before under this key, or measure it now and keep it."""
+    if not args.quick and PARTIAL.exists():
+        for line in map(json.loads, PARTIAL.read_text().splitlines()):
+            if line["key"] == key:
+                return line["figures"]
+    figures = measure()
+    print(key, {name: round(value, 4) for name, value in figures.items()}, flush=True)
+    if not args.quick:
+        with PARTIAL.open("a") as file:
+            file.write(json.dumps({"key": key, "figures": figures}) + "\n")
+    return figures
+
+
+def summed(
+    name: str, runs: list[dict[str, float]], base: list[dict[str, float]], width: int
+) -> Any:
+    """Return the figures of a codec over its seeds, against those of bf16."""
+    plain = 8 * width
+    steady = statistics.fmean(run["steady_bytes_per_token"] for run in runs)
+    once = statistics.fmean(run["once_bytes"] for run in runs)
+    found = statistics.fmean(run["held_out"] for run in runs)
+    pairs = [r["held_out"] / b["held_out"] - 1 for r, b in zip(runs, base, strict=False)]
+    return {
+        f"{name}_ratio": statistics.fmean(run["bytes_per_token"] for run in runs) / plain,
+        f"{name}_ratio_steady": steady / plain,
+        f"{name}_ratio_at_demo_size": (steady + once / DEMO_TOKENS) / plain,
+        f"{name}_held_out": found,
+        f"{name}_held_out_min": min(run["held_out"] for run in runs),
+        f"{name}_held_out_max": max(run["held_out"] for run in runs),
+        f"{name}_train_loss": statistics.fmean(run["train_loss_last"] for run in runs),
+        f"{name}_over_bf16": statistics.fmean(pairs),
+        f"{name}_over_bf16_worst": max(pairs),
+        f"{name}_seeds": float(len(runs)),
+        f"{name}_statics_bytes": runs[0]["statics_bytes"],
+    }
+
+
+def main() -> None:
+    """Train with each codec, and measure each one's error and speed."""
+    parser = parser_of(__doc__)
+    parser.add_argument("--so-far", action="store_true", help="write what was measured before")
+    args = parser.parse_args()
+    plan = QUICK if args.quick else FULL
+    torch.set_num_threads(1)
+    figures: dict[str, float] = {}
+    with ExitStack() as stack:
+        runs = Runs(stack, args, plan)
+        width = runs.workload.width
+        jobs = [
+            (setting, name, seed)
+            for setting, names in (
+                (SETTINGS[0], ["bf16", "klt1_rotated1"]),
+                (SETTINGS[1], ["bf16", "klt1_rotated1"]),
+                (SETTINGS[0], ["rotated2_rotated1", "rotated2", "rotated4", "int8"]),
+            )
+            for seed in range(plan.seeds)
+            for name in names
+        ]
+        found: dict[tuple[str, str], list[dict[str, float]]] = {}
+        known = PARTIAL.read_text() if PARTIAL.exists() and args.so_far else ""
+        for setting, name, seed in jobs:
+            key = f"{setting.name} {name} {seed}"
+            if args.so_far and f'"{key}"' not in known:
+                continue
+            one = measured(key, args, lambda s=setting, n=name, d=seed: runs.train(s, CODECS[n], d))
+            found.setdefault((setting.name, name), []).append(one)
+        for (setting, name), results in found.items():
+            base = found[setting, "bf16"]
+            figures |= summed(f"{setting}.{name}", results, base, width)
+        for setting in SETTINGS:
+            figures[f"{setting.name}.untrained_held_out"] = measured(
+                f"{setting.name} untrained",
+                args,
+                lambda s=setting: {"loss": runs.held_out_loss(None, s.loss_share)},
+            )["loss"]
+        rows_BT = runs.task.train_RT[:16]
+        figures |= measured(
+            "errors", args, lambda: errors_of(runs.workload.model, rows_BT, runs.task.held_RT[:12])
+        )
+        settings = settings_of(runs.workload, args, plan=asdict(plan), compute_dtype=runs.dtype)
+    figures |= speeds(tokens=256 if args.quick else 4096, width=576)
+    figures["causality_violations"] = float(causality_violations())
+    best = "klt1_rotated1"
+    for setting in SETTINGS:
+        if (setting.name, best) in found:
+            figures[f"bytes_ratio_{setting.name}"] = figures[
+                f"{setting.name}.{best}_ratio_at_demo_size"
+            ]
+    settings |= {
+        "bytes": "all that crossed the stream both ways: heads, norms, masks, optimizer steps too",
+        "cut_1": "uploaded in every epoch: no cache of the server's was used",
+        "bytes_ratio_is_of": "klt1 up and down, rotated1 for gradients, at the demo's size",
+        "demo_tokens": DEMO_TOKENS,
+        "lora": {"rank": 8, "target_modules": ["q_proj", "v_proj"], "parts": ["trunk"]},
+        "dtype": runs.dtype,
+        "codecs": dict(CODECS),
+    }
+    Result(figures, settings).write(args, HOME)
+
+
+if __name__ == "__main__":
+    main()
