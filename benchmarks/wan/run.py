@@ -37,14 +37,20 @@ class Field:
     def __init__(self, stack: ExitStack, workload: Workload, folder: Path, args: Any) -> None:
         self._stack, self._workload, self._folder = stack, workload, folder
         self._chunks, self._codec, self._quick = args.chunks, args.codec, args.quick
-        self._lean_head = args.lean_head
+        self._lean_head, self._send_once = args.lean_head, args.send_once
         self.lora = lora_of(args.frozen)
         self.found: dict[str, Contestant] = {}
         self.links: dict[str, dict[str, float]] = {}
         self._certificates: Certificates = make_certificates(folder / "certs")
         # A client may have a cut within the server's, so one server does for all cuts.
         self._server = stack.enter_context(
-            Server(workload, self._certificates, folder, cores=(SERVER_CORE,))
+            Server(
+                workload,
+                self._certificates,
+                folder,
+                cores=(SERVER_CORE,),
+                send_once_ttl_s=3600,
+            )
         )
 
     def unsplit(self) -> None:
@@ -80,6 +86,7 @@ class Field:
                     lora=self.lora,
                     codec=self._codec,
                     lean_head=self._lean_head,
+                    send_once=self._send_once,
                     chunks=self._chunks,
                 )
             )
@@ -187,6 +194,7 @@ def main() -> None:
     )
     parser.add_argument("--links", nargs="+", default=list(LINKS), help="that ours run over")
     parser.add_argument("--lean_head", action="store_true", help="run our clients with it")
+    parser.add_argument("--send_once", action="store_true", help="run our clients with it")
     args = parser.parse_args()
     rounds = 1 if args.quick else args.rounds
     balanced = tuple(args.balanced)
@@ -213,6 +221,7 @@ def main() -> None:
         "chunks": args.chunks,
         "codec": args.codec,
         "lean_head": args.lean_head,
+        "send_once": args.send_once,
         "peers": "loops in the form of FDU-INC/Split_LoRA a549b60 (splitlora) and of "
         "TAP-LLM/SplitFedLLM 2025-11 and VFLAIR-LLM 2026-01 (sequential), fp32, written anew",
         "counted_steps_of_a_turn": args.steps,
