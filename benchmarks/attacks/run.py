@@ -61,6 +61,7 @@ def main() -> None:
     """Attack."""
     parser = parser_of(__doc__)
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no part after so many")
+    parser.add_argument("--only", nargs="+", help="measure no other parts than these")
     args = parser.parse_args()
     torch.set_num_threads(1)
     figures: dict[str, float] = {}
@@ -74,7 +75,8 @@ def main() -> None:
         for part in parts.all():
             before = None if args.quick else kept.of(part)
             if before is None:
-                if time.monotonic() - began > 60 * args.minutes:
+                late = time.monotonic() - began > 60 * args.minutes
+                if late or (args.only and part.name not in args.only):
                     left.append(part.name)
                     continue
                 before = part.measure(), commit()
