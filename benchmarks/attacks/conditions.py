@@ -19,6 +19,7 @@ from cutlayer.audit.public import PublicModel
 from cutlayer.privacy.defenses import Defense, defense_of
 from cutlayer.privacy.mechanisms import ClippedGaussian
 from cutlayer.wire.codecs import CODECS, round_trip
+from cutlayer.wire.statics import Learner
 
 __all__ = [
     "NOISES",
@@ -26,7 +27,7 @@ __all__ = [
     "embedding_reading",
     "lossy_codecs",
     "noise_at_the_embedding",
-    "round_trip",
+    "through",
     "unclipped",
 ]
 
@@ -38,12 +39,26 @@ NOISES: dict[str, Callable[[], Defense]] = {
 """Defenses of activations at the cut."""
 
 
-def lossy_codecs() -> list[str]:
-    """Return the codecs that change activations; through the others nothing changes."""
-    some_BTD = torch.randn(2, 4, 64, generator=torch.Generator().manual_seed(0))
-    # Without what they learn, those that learn a basis are another codec.
-    names = [name for name, codec in CODECS.items() if codec.learns != "basis"]
-    return [name for name in names if not torch.equal(round_trip(name, some_BTD), some_BTD)]
+def lossy_codecs(kind: str) -> list[str]:
+    """Return the codecs for `activations` or `gradients` that change them."""
+    exact = ("raw", "int32")
+    return [name for name, codec in CODECS.items() if kind in codec.carries and name not in exact]
+
+
+@torch.no_grad()
+def through(codec: str, public: PublicModel, texts: Sequence[Tensor]) -> Change:
+    """Return what activations are behind a codec, once it has learnt from texts what it learns.
+
+    A server has what a codec learnt: the client sends it.
+    """
+    statics = None
+    if CODECS[codec].learns:
+        sent = [public.bottom(ids_T[None]) for ids_T in texts]
+        learner = Learner(sent[0].shape[-1], basis=CODECS[codec].learns == "basis")
+        for sent_BTD in sent:
+            learner.see(sent_BTD, {})
+        statics = learner.learnt(getattr(CODECS[codec], "budget", 0.0))
+    return lambda tensor: round_trip(codec, tensor, statics)
 
 
 def unclipped(defense: Defense) -> Change:

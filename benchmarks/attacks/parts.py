@@ -19,7 +19,7 @@ from benchmarks.attacks.conditions import (
     embedding_reading,
     lossy_codecs,
     noise_at_the_embedding,
-    round_trip,
+    through,
     unclipped,
 )
 from benchmarks.attacks.victim import Change, Victim, rounded, write_gpt2
@@ -40,7 +40,7 @@ ATTACKS = (
     "benchmarks/attacks/texts.py",
 )
 DEFENSES = (*ATTACKS, "src/cutlayer/privacy", "benchmarks/attacks/conditions.py")
-CODECS = (*ATTACKS, "src/cutlayer/wire/codecs.py", "benchmarks/attacks/conditions.py")
+CODECS = (*ATTACKS, "src/cutlayer/wire", "benchmarks/attacks/conditions.py")
 
 CUTS = (2, 8, 16)
 
@@ -163,7 +163,7 @@ class Parts:
             yield Part(name, partial(self._fetched, name, fetch))
 
     def _gradients_defended(self, top: int) -> Iterator[Part]:
-        for name in lossy_codecs():
+        for name in lossy_codecs("gradients"):
             yield Part(f"a4 codec {name} m{top}", partial(self._a4_codec, name, top), CODECS)
         yield Part(f"a4 noise m{top}", partial(self._a4_noise, top), DEFENSES)
         if top == 2:
@@ -173,7 +173,7 @@ class Parts:
 
     def _activations_defended(self, bottom: int) -> Iterator[Part]:
         """Yield what is of one cut together, for its table of candidates is made once."""
-        for name in lossy_codecs():
+        for name in lossy_codecs("activations"):
             measure = partial(self._a1_codec, name, bottom)
             yield Part(f"a1 codec {name} cut {bottom}", measure, CODECS)
             measure = partial(self._a2_codec, name, bottom)
@@ -203,12 +203,12 @@ class Parts:
         return rated(f"a1_cut_{bottom}", self.smollm.search(texts, bottom_layers=bottom))
 
     def _a1_codec(self, name: str, bottom: int) -> dict[str, float]:
-        through = partial(round_trip, name)
+        known = through(name, self.smollm.public(bottom, 0), self.wordings("train.jsonl", 200))
         found = self.smollm.search(
             self.begun(self.some if bottom == CUTS[0] else self.few, 4),
             bottom_layers=bottom,
-            change=through,
-            settings=SearchSettings(score="quant", release=through),
+            change=known,
+            settings=SearchSettings(score="quant", release=known),
         )
         return rated(at_cut("a1", bottom, f"codec_{name}"), found)
 
@@ -269,8 +269,9 @@ class Parts:
         return self._taught(name, self.smollm.public(bottom, 0))
 
     def _a2_codec(self, name: str, bottom: int) -> dict[str, float]:
-        public, through = self.smollm.public(bottom, 0), partial(round_trip, name)
-        return self._taught(at_cut("a2", bottom, f"codec_{name}"), public, through)
+        public = self.smollm.public(bottom, 0)
+        known = through(name, public, self.wordings("train.jsonl", 200))
+        return self._taught(at_cut("a2", bottom, f"codec_{name}"), public, known)
 
     def _a2_noise(self, name: str, bottom: int) -> dict[str, float]:
         noise = NOISES[name]()
@@ -301,7 +302,11 @@ class Parts:
         return rated(name, self.smollm.labels(self.joined(count, tokens or self.length), **more))
 
     def _a4_codec(self, name: str, top: int) -> dict[str, float]:
-        return self._a4(f"a4_codec_{name}_m{top}", self.many, codec=name, top_layers=top)
+        both = name in lossy_codecs("activations")
+        codec = name if both else {"gradients_up": name}
+        # Where rounding leaves no proof an inversion goes on to its end.
+        count = self.many if name == "bf16" else self.some
+        return self._a4(f"a4_codec_{name}_m{top}", count, codec=codec, top_layers=top)
 
     def _a4_refused(self) -> dict[str, float]:
         figures: dict[str, float] = {}
