@@ -266,7 +266,7 @@ def test_a_server_that_is_full(llama: Site, certs: Path, tmp_path: Path):
     ("settings", "words"),
     [
         ({"codec": "int3"}, "codec 'int3' is unknown"),
-        ({"chunks": 0}, "chunks=0 must be at least 1"),
+        ({"chunks": 0}, "chunks=0 must be a number of at least 1"),
         ({"dtype": "int8"}, "dtype 'int8' is unknown"),
         ({"task": "translation"}, "task 'translation' is unknown"),
         ({"train": ("head",)}, "name one or more of bottom, trunk, top"),
