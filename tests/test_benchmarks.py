@@ -108,3 +108,54 @@ def test_the_attacks_read_a_tiny_model(tmp_path: Path):
         assert {f"a1_codec_{codec}", f"a2_codec_{codec}_trr"} <= set(figures)
     for codec in lossy_codecs("gradients"):
         assert f"a4_codec_{codec}_m2" in figures
+
+    for codec in lossy_codecs():
+        assert {f"a1_codec_{codec}", f"a2_codec_{codec}_trr", f"a4_codec_{codec}_m2"} <= set(
+            figures
+        )
+
+
+def test_a_step_over_a_link_is_timed_beside_the_unsplit_one(tmp_path: Path):
+    """Ours, a peer and the unsplit model take turns, and train the same from the first step on."""
+    figures = figures_of("wan", tmp_path / "wan.json")
+    told = json.loads((tmp_path / "wan.json").read_text())["settings"]
+
+    assert {"step_overhead.balanced_ratio", "wan.ratio_20mbit_50ms", "wan.utilisation"} <= {
+        *figures
+    }
+    assert figures["wan.ratio_sequential_20mbit_50ms"] > 0
+    # The link takes bytes and time: two messages of one row each, there and back, every step.
+    assert figures["U_3+2_20mbit_50ms"] > figures["D_3+2_20mbit_50ms"] > 0
+    assert figures["seconds_3+2_20mbit_50ms"] > 0.05
+    losses = told["first_loss"].values()
+    assert max(losses) - min(losses) < 0.05  # bf16 on the wire
+
+
+def test_the_wire_is_measured(tmp_path: Path):
+    """Bytes on the socket are those of the tensors and a little more."""
+    figures = figures_of("transport", tmp_path / "transport.json")
+
+    assert 1.0 < figures["bytes.wire_over_payload"] < 1.2
+    assert figures["transport.cpu_s_per_gb_over_tcp_tls_1MiB"] > 0
+    assert 0 < figures["transport.later_message_share_100mbit_50ms"] < 1.1
+
+
+def test_later_epochs_send_no_activations(tmp_path: Path):
+    """Rows that are sent once are named afterwards, and the run is the same."""
+    figures = figures_of("cache", tmp_path / "cache.json")
+
+    assert (figures["later_epoch_upload"], figures["gradient_down"]) == (0, 0)
+    assert figures["reference_bytes_per_row"] <= 64
+    assert figures["rows_named"] >= 2 * figures["rows_sent"]
+    assert figures["loss_largest_difference"] == 0
+
+
+def test_fewer_bytes_are_counted_on_the_wire(tmp_path: Path):
+    """Every codec trains through a real server, and none lets a token see another."""
+    figures = figures_of("codecs", tmp_path / "codecs.json")
+
+    assert figures["causality_violations"] == 0
+    assert (
+        figures["equal_loss.klt1_rotated1_ratio_steady"] < figures["equal_loss.int8_ratio_steady"]
+    )
+    assert figures["equal_loss.bf16_held_out"] < figures["equal_loss.untrained_held_out"]
