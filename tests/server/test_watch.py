@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import json
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import pytest
 from cutlayer.cli.main import main
 from cutlayer.errors import Refused, StorageError, Unauthorized
 from cutlayer.server.audit_log import AuditLog, verify
+from cutlayer.server.metrics import Metrics
 from cutlayer.server.watch import Watch
 from tests.site import Loop, batch_of, site_of
 
@@ -89,3 +92,32 @@ def test_a_flood_of_refusals_is_told_by_its_number(tmp_path: Path):
     events = events_of(tmp_path / "audit.jsonl")
     assert len(events) <= 2 * 30 + 1
     assert events[-1]["tenant"] == "ward-a"
+
+
+def test_what_is_counted_does_not_grow_with_the_requests():
+    """Nobody may ask for a rate for weeks; thousands of requests leave nothing behind."""
+    metrics = Metrics()
+
+    def answered(times: int) -> int:
+        for _ in range(times):
+            metrics.answered(
+                "ward",
+                phase="forward",
+                tokens=64,
+                received_bytes=1,
+                sent_bytes=1,
+                queued_s=0.1,
+                computed_s=0.1,
+            )
+        gc.collect()
+        mine = tracemalloc.Filter(True, Metrics.__init__.__code__.co_filename)
+        found = tracemalloc.take_snapshot().filter_traces([mine]).traces
+        return sum(trace.size for trace in found)
+
+    tracemalloc.start()
+    before_bytes = answered(10)
+    grown_bytes = answered(2000) - before_bytes
+    tracemalloc.stop()
+
+    assert grown_bytes < 20_000
+    assert metrics.tokens_per_s("ward") == pytest.approx(2010 * 64 / 60)

@@ -6,7 +6,6 @@ Numbers only: no run's content is here, and no loss, which the server does not h
 from __future__ import annotations
 
 import time
-from collections import deque
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -69,7 +68,8 @@ class Metrics:
             buckets=_SECONDS,
             **made,
         )
-        self._recent: dict[str, deque[tuple[float, int]]] = {}
+        self._recent: dict[str, dict[int, int]] = {}
+        """By tenant: the tokens of each second of the last minute."""
         ProcessCollector(registry=self.registry)
         self.registry.register(_Now(self))
 
@@ -94,7 +94,10 @@ class Metrics:
             self._steps.labels(tenant).inc()
         if tokens:
             self._tokens.labels(tenant).inc(tokens)
-            self._recent.setdefault(tenant, deque(maxlen=10_000)).append((time.monotonic(), tokens))
+            # By seconds, not by requests: nobody may ask for the rate for weeks.
+            recent = self._now_recent(tenant)
+            second = int(time.monotonic())
+            self._recent[tenant] = {**recent, second: recent.get(second, 0) + tokens}
 
     def refused(self, tenant: str, code: str) -> None:
         """Count a refusal; of somebody unknown the tenant is empty."""
@@ -102,10 +105,11 @@ class Metrics:
 
     def tokens_per_s(self, tenant: str) -> float:
         """Return the tokens a second in the last minute."""
-        recent, now_s = self._recent.get(tenant, deque()), time.monotonic()
-        while recent and now_s - recent[0][0] > _RECENT_S:
-            recent.popleft()
-        return sum(tokens for _, tokens in list(recent)) / _RECENT_S
+        return sum(self._now_recent(tenant).values()) / _RECENT_S
+
+    def _now_recent(self, tenant: str) -> dict[int, int]:
+        since_s = time.monotonic() - _RECENT_S
+        return {at: n for at, n in self._recent.get(tenant, {}).items() if at > since_s}
 
     def table(self) -> dict[str, dict[str, float]]:
         """Return the sums by tenant: steps, tokens, bytes, waiting, computing, refusals."""
