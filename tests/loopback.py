@@ -50,7 +50,8 @@ class Loopback:
     def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Arrived]:
         """Run the trunk at once."""
         self._sequence += 1
-        asked = {k: v for k, v in vars(question).items() if k != "carried"}
+        # Rows that are sent once are the wire's business.
+        asked = {k: v for k, v in vars(question).items() if k not in ("carried", "rows")}
         carried = {name: tensor.clone() for name, tensor in question.carried.items()}
         out_BTD = self.trunk.forward(self._sequence, smashed_BTD.clone(), carried, **asked)
         return self._sequence, Arrived(out_BTD.clone())
