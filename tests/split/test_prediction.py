@@ -82,7 +82,7 @@ def test_bytes_are_those_of_a_run_over_the_wire(folder_of, serve, monkeypatch, t
     monkeypatch.setattr(
         client_connection,
         "read_tensors",
-        lambda message: down.append(len(message.body)) or read(message),
+        lambda message, **kwargs: down.append(len(message.body)) or read(message, **kwargs),
     )
     folder = folder_of("llama")
     with contextlib.closing(serve(folder).connect(train=train, chunks=chunks)) as model:
