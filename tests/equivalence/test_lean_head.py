@@ -14,6 +14,7 @@ from torch import Tensor
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import ConfigError, ProtocolError
 from cutlayer.privacy.transcript import TranscriptWriter
+from cutlayer.wire import cutlayer_pb2 as pb
 from tests.equivalence.test_trl import logged, trainer_of
 from tests.site import Loop, Site, adapter_of, batch_of, lora, site_of
 
@@ -54,6 +55,13 @@ def gradients(split: Any, batch: dict[str, Tensor]) -> tuple[Tensor, list[Tensor
     return loss.detach(), [*mine, split.connection.norms.clone()]
 
 
+def all_that_moved(split: Any, batch: dict[str, Tensor]) -> dict[str, int]:
+    """Run a batch; return the bytes that have crossed once all of it has."""
+    gradients(split, batch)
+    split.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+    return vars(split.connection.traffic).copy()
+
+
 @pytest.mark.parametrize("chunks", [1, 2])
 @pytest.mark.parametrize("top_layers", [0, 1])
 def test_loss_and_gradients_are_those_of_the_whole_head(wide: Site, chunks: int, top_layers: int):
@@ -76,10 +84,7 @@ def test_only_labelled_positions_cross_if_nothing_above_the_cut_mixes(wide: Site
         cut = {"bottom_layers": 1, "top_layers": top_layers, "lean_head": True}
         batch = answers_only(0)
         with wide.connect(train=("trunk",), **cut) as split:
-            gradients(split, batch)
-            before = vars(split.connection.traffic).copy()
-            gradients(split, batch)
-            after = vars(split.connection.traffic)
+            before, after = (all_that_moved(split, batch) for _ in range(2))
             sent[top_layers] = {
                 name: after[name] - before[name] for name in ("sent_bytes", "received_bytes")
             }
