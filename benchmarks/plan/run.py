@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import sys
@@ -51,7 +52,8 @@ LOOPBACK = Link(1e9, 1e9, 0.0)
 class Planner:
     """Predicts for one model, as the verb does."""
 
-    def __init__(self, model: str, rank: int) -> None:
+    def __init__(self, model: str, rank: int, process_bytes: tuple[int, int]) -> None:
+        self.process_bytes = process_bytes
         self.skeleton: Skeleton = skeleton_of(AutoConfig.from_pretrained(model), "causal-lm")
         self.lora = LoraConfig(r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         self._pieces: dict[int, Pieces] = {}
@@ -68,8 +70,31 @@ class Planner:
         if columns not in self._pieces:
             self._pieces[columns] = trace(self.skeleton, self.lora, columns=columns)
         pieces = self._pieces[columns]
-        setup = Setup(rows, speed, speed, LOOPBACK, lambda width: 4.0 * width, chunks=chunks)
+        client_bytes, server_bytes = self.process_bytes
+        setup = Setup(
+            rows,
+            speed,
+            speed,
+            LOOPBACK,
+            lambda width: 4.0 * width,
+            chunks=chunks,
+            client_process_bytes=client_bytes,
+            server_process_bytes=server_bytes,
+        )
         return predict(pieces, Cut(bottom, len(pieces.layers) - top), setup)
+
+
+def process_bytes(args: Any, folder: Path, certificates: Certificates) -> tuple[int, int]:
+    """Return what a connected client and a server take whose model weighs next to nothing.
+
+    Libraries in memory are the machine's: 15% between two machines with the same packages.
+    """
+    tiny = make_workload(argparse.Namespace(**{**vars(args), "quick": True}), folder)
+    with Server(tiny, certificates, folder / "state") as server:
+        ends = {"bottom_layers": 2, "top_layers": 2, "certificates": certificates}
+        with start_worker("split", tiny, port=server.port, **ends) as client:
+            client.ask("step")
+            return client.ask("memory")["peak"], memory_bytes(server.pid)["peak"]
 
 
 def measure(
@@ -167,8 +192,10 @@ def main() -> None:
         workload = make_workload(args, folder)
         settings = settings_of(workload, args, steps=steps)
         del settings["batch"]
-        planner = Planner(workload.model, workload.rank)
         certificates = make_certificates(folder / "certs")
+        (folder / "tiny").mkdir()
+        processes = process_bytes(args, folder / "tiny", certificates)
+        planner = Planner(workload.model, workload.rank, processes)
         for number, case in enumerate(cases):
             mine = folder / str(number)
             mine.mkdir()
@@ -190,6 +217,7 @@ def main() -> None:
     settings |= {
         "cases": found,
         "pairs_are": "predicted, measured",
+        "process_mib": [round(count / MIB, 1) for count in processes],
         "time_error_is_of": {name: [round(s, 4) for s in pair] for name, pair in quiet.items()},
     }
     Result(figures, settings).write(args, HOME)

@@ -29,7 +29,8 @@ MOMENTS = {"adamw": 2, "adam": 2, "rmsprop": 1, "sgd": 0}
 """Numbers that an optimizer keeps for each number that it trains."""
 
 CLIENT_PROCESS_BYTES = 443 << 20
-"""A client that has loaded its libraries and is connected (benchmarks/plan)."""
+"""A client that has loaded its libraries and is connected (benchmarks/plan); 15% less or more on
+another machine."""
 SERVER_PROCESS_BYTES = 438 << 20
 LOADED_OVER_WEIGHTS = 1.49
 """While weights are read, their file is in memory too, in part."""
@@ -73,6 +74,8 @@ class Setup:
         chunks: Micro-chunks; 0 for the best number.
         gradient_checkpointing: The trunk keeps its layers' inputs and computes the rest again.
         server_on_gpu: The trunk's memory is a GPU's, whose allocator fills its holes.
+        client_process_bytes: A client of this machine that is connected, without any model.
+        server_process_bytes: The same of a server.
     """
 
     rows: int
@@ -87,6 +90,8 @@ class Setup:
     chunks: int = 0
     gradient_checkpointing: bool = False
     server_on_gpu: bool = False
+    client_process_bytes: float = CLIENT_PROCESS_BYTES
+    server_process_bytes: float = SERVER_PROCESS_BYTES
 
 
 @dataclass(frozen=True)
@@ -284,15 +289,15 @@ def _memory(
     kept = bottoms * parts["bottom"].kept_bytes + chunk_rows * parts["top"].kept_bytes
     logits = _logits_bytes(pieces, setup, chunk_rows, whole=step.chunks > 1)
     client = max(
-        CLIENT_PROCESS_BYTES + weights[0] + states[0] + HEAP_OVER_KEPT * kept + logits,
-        CLIENT_PROCESS_BYTES + LOADED_OVER_WEIGHTS * weights[0],
+        setup.client_process_bytes + weights[0] + states[0] + HEAP_OVER_KEPT * kept + logits,
+        setup.client_process_bytes + LOADED_OVER_WEIGHTS * weights[0],
     )
     graphs = trunks * _trunk_kept(pieces, parts["trunk"], setup)
     if setup.server_on_gpu:
         return client, weights[1] + states[1] + graphs
     server = max(
-        SERVER_PROCESS_BYTES + weights[1] + states[1] + HEAP_OVER_KEPT * graphs,
-        SERVER_PROCESS_BYTES + LOADED_OVER_WEIGHTS * weights[1],
+        setup.server_process_bytes + weights[1] + states[1] + HEAP_OVER_KEPT * graphs,
+        setup.server_process_bytes + LOADED_OVER_WEIGHTS * weights[1],
     )
     return client, server
 
