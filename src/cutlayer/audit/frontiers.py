@@ -5,6 +5,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -18,9 +19,11 @@ from cutlayer.audit.forward_search import SearchSettings, forward_search
 from cutlayer.audit.public import PublicModel
 from cutlayer.audit.search import Prior
 from cutlayer.audit.traffic import made_here, texts_of
+from cutlayer.wire.codecs import round_trip
 
 __all__ = ["by_codec", "by_depth", "by_noise"]
 
+SEARCHED_CODECS = ("raw", "bf16", "int8", "rotated4")
 NOISE = (0.1, 0.3, 1.0, 3.0)
 """Standard deviations of noise over the root mean square of the activations."""
 
@@ -35,18 +38,12 @@ def by_depth(model: str, rows: Rows, depths: Sequence[int]) -> dict[str, Any]:
 
 
 def by_codec(public: PublicModel, table: CandidateTable, rows: Rows) -> dict[str, Any]:
-    """Search through each codec, and through rounding to 8 and 4 bits, which are known to all."""
-    known: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "raw": None,
-        "bf16": lambda rows_ND: rows_ND.to(torch.bfloat16).to(rows_ND.dtype),
-        "8 bits": lambda rows_ND: _rounded(rows_ND, 8),
-        "4 bits": lambda rows_ND: _rounded(rows_ND, 4),
-    }
+    """Search through codecs of 32 to 4 bits, which are known to all."""
     points = []
-    for name, rounded in known.items():
-        settings = SearchSettings(score="quant", release=rounded) if rounded else SearchSettings()
-        found = _read(public, rows, table, settings, rounded)
-        points.append(_point(name, found))
+    for name in SEARCHED_CODECS:
+        release = functools.partial(round_trip, name)
+        settings = None if name == "raw" else SearchSettings(score="quant", release=release)
+        points.append(_point(name, _read(public, rows, table, settings, release)))
     return {"axis": "codec", "points": points}
 
 
@@ -107,10 +104,3 @@ def _point(x: Any, found: Finding) -> dict[str, Any]:
         "sequences": found.sequences,
         "tokens": found.tokens,
     }
-
-
-def _rounded(rows_ND: Tensor, bits: int) -> Tensor:
-    """Return each token rounded to `bits` bits over its own range."""
-    largest = 2 ** (bits - 1) - 1
-    scale_N1 = rows_ND.abs().amax(-1, keepdim=True).clamp_min(1e-12) / largest
-    return (rows_ND / scale_N1).round() * scale_N1

@@ -75,7 +75,7 @@ class Calibration:
             is_basis = codec.learns == "basis"
             wanted = _TOKENS_A_COORDINATE * self._width if is_basis else _TOKENS_FOR_A_MEAN
             if learner.tokens >= wanted:
-                found[name] = learner.learnt(getattr(codec, "budget", 0.0))
+                found[name] = learner.learnt(codec.budget)
                 del self._codecs[name], self._learners[name]
         return found
 

@@ -50,19 +50,19 @@ REFUSED: dict[str, str] = {
         "under a secret rotation"
     ),
     "quantisation": (
-        "rounding is a codec and hides nothing: all tokens were recovered at 8 bits and 95% at 4; "
+        "rounding is a codec and hides nothing: all tokens were recovered at 8 bits and 99% at 4; "
         "choose it as split_codec if you want fewer bytes"
     ),
     "sparsification": (
-        "what is left out of a gradient is not what tells the labels: half of them came back from "
-        "a tenth of it"
+        "what is left out of a gradient is not what tells the labels: 85% of them came back from a "
+        "tenth of it"
     ),
     "projection": (
         "a public projection, random or not, is searched like the model itself: all tokens were "
         "recovered from 8 of 192 dimensions"
     ),
     "position_clip": (
-        "clipping a gradient at each position leaves its direction: 91% of the labels were "
+        "clipping a gradient at each position leaves its direction: nearly all labels were "
         "recovered; noisy_grad clips whole sequences and adds noise"
     ),
     "nopeek": (

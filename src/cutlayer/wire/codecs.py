@@ -44,11 +44,13 @@ class Codec(Protocol):
         carries: What it may be chosen for: `activations`, `gradients`.
         learns: Of what its statics are made: nothing, a `mean`, or a `basis` too.
         before: The codec that stands in until those of activations are learnt.
+        budget: Bits a value for which a basis is made; 0 for a codec without one.
     """
 
     carries: frozenset[str]
     learns: str
     before: str
+    budget: float
 
     def stored_bytes(
         self, shape: Sequence[int], dtype: torch.dtype, statics: Statics | None = None
@@ -80,6 +82,7 @@ class Raw:
 
     carries = frozenset({"activations", "gradients"})
     learns = before = ""
+    budget = 0.0
 
     def stored_dtype(self, dtype: torch.dtype) -> torch.dtype:
         """Return the dtype of the bytes on the wire for a tensor of `dtype`."""
@@ -127,11 +130,8 @@ class Int32(Raw):
         return torch.int32 if dtype == torch.int64 else dtype
 
 
-_BOTH, _ACTIVATIONS, _GRADIENTS = (
-    frozenset({"activations", "gradients"}),
-    frozenset({"activations"}),
-    frozenset({"gradients"}),
-)
+_ACTIVATIONS, _GRADIENTS = frozenset({"activations"}), frozenset({"gradients"})
+_BOTH = _ACTIVATIONS | _GRADIENTS
 
 CODECS: dict[str, Codec] = {
     "raw": Raw(),
@@ -159,7 +159,7 @@ def token_bytes(name: str, width: int, dtype: torch.dtype) -> float:
     """Return the bytes of one token of so many values, once statics are learnt."""
     codec = CODECS[name]
     if codec.learns == "basis":
-        return SCALE_BYTES + getattr(codec, "budget", 0.0) * width / 8
+        return SCALE_BYTES + codec.budget * width / 8
     return codec.stored_bytes((1, width), dtype)
 
 

@@ -18,21 +18,14 @@ from __future__ import annotations
 
 import functools
 import hashlib
-from collections.abc import Sequence
-from math import prod, sqrt
+from abc import abstractmethod
+from math import sqrt
 
 import torch
 from torch import Tensor
 
 from cutlayer.wire.packing import packed, unpacked
-from cutlayer.wire.scaled import (
-    SCALE_BYTES,
-    in_dtype,
-    parts_of,
-    safe_inverse,
-    stored_scale,
-    tokens_of,
-)
+from cutlayer.wire.scaled import PerToken, safe_inverse, stored_scale
 from cutlayer.wire.statics import Statics
 
 __all__ = ["LEVELS", "KarhunenLoeve", "Rotated", "block_of"]
@@ -117,76 +110,48 @@ def _size_of(x_ND: Tensor) -> Tensor:
     return length_N
 
 
-class _Centred:
-    """What both codecs share: what a token is the difference from, and how scales are stored."""
+class _Centred(PerToken):
+    """What both codecs share: what a token is the difference from, told by its scale's sign."""
 
     before = "rotated6"
 
     def __init__(self, carries: frozenset[str]) -> None:
         self.carries = carries
 
-    def _row_bytes(self, values: int, statics: Statics | None) -> int:
-        raise NotImplementedError
+    @abstractmethod
+    def _centred_codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+        """Return scales and packed codes of tokens from which the mean was taken."""
+
+    @abstractmethod
+    def _centred_values(
+        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
+    ) -> Tensor:
+        """Return what `_centred_codes` was given, as far as it was kept."""
 
     def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
-        """Return scales and packed codes of tokens from which the mean was taken."""
-        raise NotImplementedError
+        if statics is None:
+            return self._centred_codes(x_ND, statics)
+        mean_D, offset_D = statics.on(x_ND.device)
+        x_ND = x_ND - mean_D
+        # |x - offset|² < |x|², without a second pass over all values
+        is_sink_N = x_ND @ offset_D > 0.5 * offset_D.square().sum()
+        if bool(is_sink_N.any()):
+            x_ND[is_sink_N] -= offset_D
+        scale_N, codes = self._centred_codes(x_ND, statics)
+        return torch.where(is_sink_N, -scale_N, scale_N), codes
 
     def _values(
         self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
     ) -> Tensor:
-        """Return what `_codes` was given, as far as it was kept."""
-        raise NotImplementedError
-
-    def stored_bytes(
-        self, shape: Sequence[int], dtype: torch.dtype, statics: Statics | None = None
-    ) -> int:
-        """Return the packed bytes and two of scale a token; integers are stored as they are."""
-        if not dtype.is_floating_point:
-            return prod(shape) * dtype.itemsize
-        tokens, values = tokens_of(shape)
-        return tokens * (SCALE_BYTES + self._row_bytes(values, statics))
-
-    def encode(self, tensor: Tensor, statics: Statics | None = None) -> Tensor:
-        """Return the scales and the packed codes as bytes."""
-        if not tensor.is_floating_point():
-            return tensor
-        x_ND = tensor.reshape(tokens_of(tensor.shape)).float()
-        is_sink_N = None
-        if statics is not None:
-            mean_D, offset_D = statics.on(x_ND.device)
-            x_ND = x_ND - mean_D
-            # |x - offset|² < |x|², without a second pass over all values
-            is_sink_N = x_ND @ offset_D > 0.5 * offset_D.square().sum()
-            if bool(is_sink_N.any()):
-                x_ND[is_sink_N] -= offset_D
-        scale_N, codes = self._codes(x_ND, statics)
-        if is_sink_N is not None:
-            scale_N = torch.where(is_sink_N, -scale_N, scale_N)
-        return torch.cat([scale_N.view(torch.uint8), codes.flatten()])
-
-    def decode(
-        self,
-        stored: Tensor,
-        shape: Sequence[int],
-        dtype: torch.dtype,
-        statics: Statics | None = None,
-    ) -> Tensor:
-        """Return the tensor, each token up to the rounding of its own values."""
-        if not dtype.is_floating_point:
-            stored = stored.clone() if stored.data_ptr() % dtype.itemsize else stored
-            return stored.view(dtype).view(tuple(shape))
-        tokens, values = tokens_of(shape)
-        scale_N, codes = parts_of(stored, tokens)
-        codes = codes.view(tokens, self._row_bytes(values, statics))
-        x_ND = self._values(codes, scale_N.abs().float(), values, statics)
-        if statics is not None:
-            mean_D, offset_D = statics.on(x_ND.device)
-            x_ND = x_ND + mean_D
-            is_sink_N = torch.signbit(scale_N)
-            if bool(is_sink_N.any()):
-                x_ND[is_sink_N] += offset_D
-        return in_dtype(x_ND, dtype).view(tuple(shape))
+        x_ND = self._centred_values(codes, scale_N.abs().float(), values, statics)
+        if statics is None:
+            return x_ND
+        mean_D, offset_D = statics.on(x_ND.device)
+        x_ND = x_ND + mean_D
+        is_sink_N = torch.signbit(scale_N)
+        if bool(is_sink_N.any()):
+            x_ND[is_sink_N] += offset_D
+        return x_ND
 
 
 class Rotated(_Centred):
@@ -201,7 +166,7 @@ class Rotated(_Centred):
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
         return _padded(values) * self.bits // 8
 
-    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+    def _centred_codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
         padded = _padded(x_ND.shape[1])
         scale_N = stored_scale(_size_of(x_ND) / sqrt(padded))
         if padded > x_ND.shape[1]:
@@ -209,7 +174,7 @@ class Rotated(_Centred):
         unit_NP = _rotated(x_ND, inverse=False).mul_(safe_inverse(scale_N)[:, None])
         return scale_N, packed(_coded(unit_NP, self.bits), self.bits)
 
-    def _values(
+    def _centred_values(
         self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
     ) -> Tensor:
         unit_NP = _decoded(unpacked(codes, self.bits), self.bits)
@@ -242,7 +207,7 @@ class KarhunenLoeve(_Centred):
         assert statics is not None
         return statics.row_bytes
 
-    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+    def _centred_codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
         assert statics is not None
         basis_DK, deviation_K = statics.coordinates(x_ND.device)
         y_NK = x_ND @ basis_DK
@@ -254,7 +219,7 @@ class KarhunenLoeve(_Centred):
         ]
         return scale_N, torch.cat(parts, dim=-1)
 
-    def _values(
+    def _centred_values(
         self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
     ) -> Tensor:
         assert statics is not None

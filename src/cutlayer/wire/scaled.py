@@ -1,6 +1,6 @@
-"""Codecs of one byte a value: a scale for each token, and its values rounded on it.
+"""Codecs with a scale for each token; those of one byte a value round its values on it.
 
-A tensor of N tokens is stored as N scales (bfloat16), then the values. A token that has NaN or
+A tensor of N tokens is stored as N scales (bfloat16), then the codes. A token that has NaN or
 infinity gets NaN for its scale, so that the check behind the codec sees it.
 """
 
@@ -8,6 +8,7 @@ infinity gets NaN for its scale, so that the check behind the codec sees it.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from math import prod
 
@@ -16,7 +17,7 @@ from torch import Tensor
 
 from cutlayer.wire.statics import Statics
 
-__all__ = ["SCALE_BYTES", "Float8", "Int8", "in_dtype", "safe_inverse", "stored_scale", "tokens_of"]
+__all__ = ["SCALE_BYTES", "Float8", "Int8", "PerToken", "safe_inverse", "stored_scale"]
 
 SCALE_BYTES = 2
 _SMALLEST = 1e-37
@@ -39,46 +40,45 @@ def safe_inverse(scale_N: Tensor) -> Tensor:
     return torch.where(scale_N == 0, 0.0, 1 / scale_N.float())
 
 
-def in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return float32 values in a dtype, its largest number where rounding went beyond it."""
-    if dtype == torch.float16:
-        values = values.clamp(-65504, 65504)
-    return values.to(dtype)
+class PerToken(ABC):
+    """What every codec with a scale for each token shares: how both are laid out.
 
-
-def parts_of(stored: Tensor, tokens: int) -> tuple[Tensor, Tensor]:
-    """Return the scales and the bytes behind them."""
-    stored = stored.clone() if stored.data_ptr() % SCALE_BYTES else stored
-    return stored[: SCALE_BYTES * tokens].view(torch.bfloat16), stored[SCALE_BYTES * tokens :]
-
-
-class Int8:
-    """Round to the 255 steps between a token's largest value and its negative."""
+    A codec says how many bytes a token's values take, and how to write and read them.
+    """
 
     carries = frozenset({"activations", "gradients"})
     learns = before = ""
-    largest = 127.0
-    kept: torch.dtype = torch.int8
+    budget = 0.0
+
+    @abstractmethod
+    def _row_bytes(self, values: int, statics: Statics | None) -> int:
+        """Return the bytes of a token of so many values, its scale apart."""
+
+    @abstractmethod
+    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+        """Return the scales of tokens, (N,) in bfloat16, and their codes as bytes."""
+
+    @abstractmethod
+    def _values(
+        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
+    ) -> Tensor:
+        """Return tokens, (N, D) in float32, from what `_codes` returned."""
 
     def stored_bytes(
         self, shape: Sequence[int], dtype: torch.dtype, statics: Statics | None = None
     ) -> int:
-        """Return a byte a value and two a token; integers are stored as they are."""
+        """Return the bytes of all codes and scales; integers are stored as they are."""
         if not dtype.is_floating_point:
             return prod(shape) * dtype.itemsize
         tokens, values = tokens_of(shape)
-        return tokens * (values + SCALE_BYTES)
+        return tokens * (SCALE_BYTES + self._row_bytes(values, statics))
 
     def encode(self, tensor: Tensor, statics: Statics | None = None) -> Tensor:
-        """Return the scales and the rounded values as bytes."""
+        """Return the scales and the codes as bytes."""
         if not tensor.is_floating_point():
             return tensor
-        x_ND = tensor.reshape(tokens_of(tensor.shape)).float()
-        # Over no values there is no largest; torch refuses to look for one.
-        peak_N = x_ND.abs().amax(-1) if x_ND.numel() else x_ND.new_zeros(len(x_ND))
-        scale_N = stored_scale(peak_N / self.largest)
-        steps_ND = (x_ND * safe_inverse(scale_N)[:, None]).clamp(-self.largest, self.largest)
-        return torch.cat([scale_N.view(torch.uint8), self._rounded(steps_ND).flatten()])
+        scale_N, codes = self._codes(tensor.reshape(tokens_of(tensor.shape)).float(), statics)
+        return torch.cat([scale_N.view(torch.uint8), codes.flatten()])
 
     def decode(
         self,
@@ -87,17 +87,44 @@ class Int8:
         dtype: torch.dtype,
         statics: Statics | None = None,
     ) -> Tensor:
-        """Return the values times their token's scale."""
+        """Return the tensor, each token up to the rounding of its own values."""
+        alignment = SCALE_BYTES if dtype.is_floating_point else dtype.itemsize
+        stored = stored.clone() if stored.data_ptr() % alignment else stored
         if not dtype.is_floating_point:
-            stored = stored.clone() if stored.data_ptr() % dtype.itemsize else stored
             return stored.view(dtype).view(tuple(shape))
         tokens, values = tokens_of(shape)
-        scale_N, codes = parts_of(stored, tokens)
-        x_ND = codes.view(self.kept).view(tokens, values).float() * scale_N.float()[:, None]
-        return in_dtype(x_ND, dtype).view(tuple(shape))
+        scale_N = stored[: SCALE_BYTES * tokens].view(torch.bfloat16)
+        codes = stored[SCALE_BYTES * tokens :].view(tokens, self._row_bytes(values, statics))
+        x_ND = self._values(codes, scale_N, values, statics)
+        if dtype == torch.float16:
+            # Its largest number where rounding went beyond it.
+            x_ND = x_ND.clamp(-65504, 65504)
+        return x_ND.to(dtype).view(tuple(shape))
+
+
+class Int8(PerToken):
+    """Round to the 255 steps between a token's largest value and its negative."""
+
+    largest = 127.0
+    kept: torch.dtype = torch.int8
+
+    def _row_bytes(self, values: int, statics: Statics | None) -> int:
+        return values
+
+    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+        # Over no values there is no largest; torch refuses to look for one.
+        peak_N = x_ND.abs().amax(-1) if x_ND.numel() else x_ND.new_zeros(len(x_ND))
+        scale_N = stored_scale(peak_N / self.largest)
+        steps_ND = (x_ND * safe_inverse(scale_N)[:, None]).clamp(-self.largest, self.largest)
+        return scale_N, self._rounded(steps_ND.nan_to_num_()).view(torch.uint8)
+
+    def _values(
+        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
+    ) -> Tensor:
+        return codes.view(self.kept).float() * scale_N.float()[:, None]
 
     def _rounded(self, steps_ND: Tensor) -> Tensor:
-        return steps_ND.nan_to_num_().round_().to(torch.int8).view(torch.uint8)
+        return steps_ND.round_().to(self.kept)
 
 
 class Float8(Int8):
@@ -107,4 +134,4 @@ class Float8(Int8):
     kept = torch.float8_e4m3fn
 
     def _rounded(self, steps_ND: Tensor) -> Tensor:
-        return steps_ND.nan_to_num_().to(torch.float8_e4m3fn).view(torch.uint8)
+        return steps_ND.to(self.kept)
