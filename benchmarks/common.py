@@ -248,6 +248,7 @@ def plain_settings(args: argparse.Namespace, **more: Any) -> dict[str, Any]:
     """Return what a benchmark without a model records."""
     return {
         "quick": args.quick,
+        "allocator": Path(os.environ.get("LD_PRELOAD", "libc")).name,
         "uncommitted_changes_in_src": bool(_git("status", "--porcelain", "--", "src")),
         **more,
     }
@@ -267,6 +268,7 @@ def settings_of(workload: Workload, args: argparse.Namespace, **more: Any) -> di
         "optimizer": "AdamW",
         "tls": "mutual",
         "quick": args.quick,
+        "allocator": Path(os.environ.get("LD_PRELOAD", "libc")).name,
         "uncommitted_changes_in_src": bool(_git("status", "--porcelain", "--", "src")),
         "load_average": [round(load, 2) for load in os.getloadavg()],
         "versions": {name: version(name) for name in ("torch", "transformers", "peft", "grpcio")},
