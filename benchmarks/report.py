@@ -120,6 +120,9 @@ GOALS = (
          "memory.client_over_full_finetuning", most=0.06),
     Goal("G11", "client's operations over those of unsplit LoRA, cached bottom",
          "plan.client_flops_share", most=0.28),
+    Goal("G11", "the same with 30% loss tokens", "plan.client_flops_share_instruct", most=0.13),
+    Goal("G11", "the same with a head-only client", "plan.client_flops_share_head_only",
+         most=0.07),
     Goal("G12", "codec speed, encode and decode, GB/s a core, rotated 4-bit", "codecs.gb_per_s",
          least=4.0,
          why="plain torch on a machine that was busy otherwise: half is the product with the "

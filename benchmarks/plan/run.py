@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import json
 import sys
 from contextlib import ExitStack
@@ -174,6 +175,30 @@ def from_step_overhead(planner: Planner) -> dict[str, list[float]]:
     return found
 
 
+def client_shares(planner: Planner, *, columns: int) -> dict[str, float]:
+    """Count a later epoch's operations of a client that sends once, over the unsplit model's.
+
+    Two layers at either end, or the head alone; with a loss at every position, or at 30% of them.
+    """
+    speed, one_row = Speed(1e9, 1e9), 1
+    pieces = trace(planner.skeleton, planner.lora, columns=columns)
+
+    def share(top: int, **of_client: Any) -> float:
+        train = ("trunk", "top") if top else ("trunk",)
+        plain = Setup(one_row, speed, speed, LOOPBACK, lambda width: 4.0 * width, train=train)
+        cut = Cut(2, len(pieces.layers) - top)
+        unsplit = predict(pieces, cut, plain)
+        sent = predict(pieces, cut, dataclasses.replace(plain, rows_are_sent=True, **of_client))
+        return sent.client_flops / (unsplit.client_flops + unsplit.server_flops)
+
+    few = {"lean_head": True, "supervised": 0.3}
+    return {
+        "client_flops_share": share(2),
+        "client_flops_share_instruct": share(2, **few),
+        "client_flops_share_head_only": share(0, **few),
+    }
+
+
 def _error(pairs: list[list[float]]) -> float:
     return max(abs(predicted / measured - 1) for predicted, measured in pairs)
 
@@ -202,7 +227,8 @@ def main() -> None:
             found.append(measure(args, mine, certificates, planner, case, steps))
             print(json.dumps(found[-1]), file=sys.stderr)
         quiet = {} if args.quick else from_step_overhead(planner)
-    figures = {
+    figures = client_shares(planner, columns=16 if args.quick else 256)
+    figures |= {
         "memory_error": _error([c[side] for c in found for side in ("client_mib", "server_mib")]),
         "memory_error_client": _error([c["client_mib"] for c in found]),
         "memory_error_server": _error([c["server_mib"] for c in found]),

@@ -72,6 +72,25 @@ def test_a_link_asks_for_a_codec(config, capsys):
     assert slow["recommended"]["binds"] in ("up", "down")
 
 
+def test_rows_that_were_sent_are_counted_once(config, capsys):
+    """Later epochs upload a reference a row, the total has one epoch of activations."""
+    words = (str(config), "--train", "trunk,top", "--epochs", "3", "--codec", "raw")
+    words += ("--bandwidth", "1Mbit", "--examples", "80")
+    plain = planned(capsys, *words)
+    once = planned(capsys, *words, "--send_once")
+    width = json.loads((config / "config.json").read_text())["hidden_size"]
+
+    for before, after in zip(_by_cut(plain), _by_cut(once), strict=True):
+        assert after["first_epoch_step_s"] == before["step_s"] > after["step_s"]
+        assert after["total_s"] == pytest.approx(10 * before["step_s"] + 20 * after["step_s"])
+        saved = before["up_payload_bytes"] - after["up_payload_bytes"]
+        assert saved == 8 * 16 * (4 * width + 4) - 8 * 35  # activations and mask, but for the ids
+
+
+def _by_cut(facts: dict[str, Any]) -> list[dict[str, Any]]:
+    return sorted(facts["cuts"], key=lambda row: row["cut"])
+
+
 @pytest.mark.parametrize(("name", "billions"), [("llama-1b", 1.24), ("llama-8b", 8.03)])
 def test_models_are_planned_for_by_name(name, billions, capsys):
     """Llama's shapes need no file, and no memory of their size."""
@@ -136,6 +155,7 @@ def test_nothing_fits_is_said(config, capsys):
         (("--optimizer", "magic"), "--optimizer magic"),
         (("--chunks", "9"), "--chunks 9"),
         (("--supervised", "1.5"), "--supervised 1.5"),
+        (("--send_once",), "--send_once"),
         (("--client_gflops", "0"), "--client_gflops 0"),
         (("--plot", "plan.gif"), "--plot plan.gif"),
         (("--max_length", "9999"), "--max_length 9999"),

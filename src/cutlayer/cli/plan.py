@@ -6,6 +6,7 @@ A config is enough: no weights are read, and the model is built without memory.
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import math
 import os
 import re
@@ -83,6 +84,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--supervised", type=float, default=1.0, help="share of tokens with a loss (default: 1)"
     )
     parser.add_argument(
+        "--send_once", action="store_true", help="as split_send_once; steps are of a later epoch"
+    )
+    parser.add_argument(
         "--gradient_checkpointing", action="store_true", help="at the server: less memory, slower"
     )
     parser.add_argument(
@@ -137,6 +141,7 @@ def run(args: argparse.Namespace) -> int:
             supervised=args.supervised,
             chunks=args.chunks,
             gradient_checkpointing=args.gradient_checkpointing,
+            rows_are_sent=args.send_once,
             server_on_gpu=args.server_on_gpu,
         )
 
@@ -204,7 +209,16 @@ def _facts(
     found = [predict(pieces, cut, setup) for cut in cuts_of(len(pieces.layers))]
     best = recommended(found, **limits)
     steps = math.ceil(args.examples * args.epochs / args.batch_size)
-    rows = [_row(each, steps, limits) for each in found]
+    in_first = math.ceil(args.examples * min(args.epochs, 1.0) / args.batch_size)
+    first = dataclasses.replace(setup, rows_are_sent=False)
+
+    def facts_of(each: Prediction) -> dict[str, Any]:
+        later_s = each.step.seconds
+        first_s = predict(pieces, each.cut, first).step.seconds if args.send_once else later_s
+        total_s = first_s * in_first + later_s * (steps - in_first)
+        return _row(each, limits) | {"first_epoch_step_s": first_s, "total_s": total_s}
+
+    rows = [facts_of(each) for each in found]
     rows.sort(key=lambda row: (not row["fits"], row["step_s"]))
     facts: dict[str, Any] = {
         "model": args.model,
@@ -222,7 +236,7 @@ def _facts(
         "cuts": rows,
     }
     if best is not None:
-        facts["recommended"] = _row(best, steps, limits) | {
+        facts["recommended"] = facts_of(best) | {
             "codec": codec,
             "reason": _reason(args, best, codec, limits),
         }
@@ -236,7 +250,7 @@ def _facts(
     return facts, found, best
 
 
-def _row(each: Prediction, steps: int, limits: dict[str, float]) -> dict[str, Any]:
+def _row(each: Prediction, limits: dict[str, float]) -> dict[str, Any]:
     fields = (
         "bottom_layers top_layers chunks client_bytes server_bytes client_weight_bytes "
         "server_weight_bytes client_state_bytes server_state_bytes up_bytes down_bytes "
@@ -248,7 +262,6 @@ def _row(each: Prediction, steps: int, limits: dict[str, float]) -> dict[str, An
         **{name: getattr(each, name) for name in fields.split()},
         "fits": fits and each.server_bytes <= limits.get("server_bytes", math.inf),
         "step_s": each.step.seconds,
-        "total_s": each.step.seconds * steps,
         "binds": each.step.binds,
         "utilisation": each.step.utilisation,
         "busy_s": each.step.busy_s,
@@ -293,7 +306,8 @@ def _text(args: argparse.Namespace, facts: dict[str, Any]) -> str:
     lines = [
         f"{args.model}: {facts['num_layers']} layers, {facts['parameters'] / 1e9:.2f} billion "
         f"parameters; batch {args.batch_size} x {args.max_length}, {args.bandwidth}, {args.rtt}, "
-        f"codec {facts['codec']}, {facts['steps']} steps",
+        f"codec {facts['codec']}, {facts['steps']} steps"
+        + ("; a step is one of a later epoch, the total has the first" * args.send_once),
         f"client {machine['client_gflops']:.0f} GFLOP/s, server "
         f"{machine['server_gflops']:.0f} GFLOP/s ({here})",
         "",

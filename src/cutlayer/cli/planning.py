@@ -57,6 +57,10 @@ def faults(args: argparse.Namespace) -> list[str]:
     parts = args.train.split(",")
     if set(parts) - set(PARTS):
         found.append(f"--train {args.train}: name one or more of {', '.join(PARTS)}")
+    if args.send_once and "bottom" in parts:
+        found.append(
+            "--send_once: a bottom that is trained changes what it sends; give --train trunk,top"
+        )
     for name, known in (("optimizer", MOMENTS), ("dtype", _WEIGHTS)):
         if getattr(args, name) not in known:
             found.append(f"--{name} {getattr(args, name)}: one of {', '.join(known)}")

@@ -46,6 +46,8 @@ MESSAGE_BYTES = 170
 
 _GRADIENT_BYTES = _MOMENT_BYTES = _ADAPTER_BYTES = 4
 _MASK_BYTES = 4
+_REFERENCE_BYTES = 35
+"""A row's id in a message's head."""
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,8 @@ class Setup:
         supervised: Share of positions with a loss.
         chunks: Micro-chunks; 0 for the best number.
         gradient_checkpointing: The trunk keeps its layers' inputs and computes the rest again.
+        rows_are_sent: An epoch after the first, with `split_send_once`: rows are named, and the
+            bottom does not run.
         server_on_gpu: The trunk's memory is a GPU's, whose allocator fills its holes.
         client_process_bytes: A client of this machine that is connected, without any model.
         server_process_bytes: The same of a server.
@@ -89,6 +93,7 @@ class Setup:
     supervised: float = 1.0
     chunks: int = 0
     gradient_checkpointing: bool = False
+    rows_are_sent: bool = False
     server_on_gpu: bool = False
     client_process_bytes: float = CLIENT_PROCESS_BYTES
     server_process_bytes: float = SERVER_PROCESS_BYTES
@@ -197,7 +202,10 @@ def predict(pieces: Pieces, cut: Cut, setup: Setup) -> Prediction:
         down_bytes=work.activations_down_bytes + work.gradient_down_bytes,
         client_flops=setup.rows
         * (
-            sum(parts[n].total("forward_flops") + parts[n].backward_flops for n in _ENDS)
+            _bottom_forward(parts["bottom"], setup)
+            + parts["bottom"].backward_flops
+            + parts["top"].total("forward_flops")
+            + parts["top"].backward_flops
             + _head_flops(pieces, parts, setup)
         ),
         server_flops=setup.rows
@@ -206,7 +214,8 @@ def predict(pieces: Pieces, cut: Cut, setup: Setup) -> Prediction:
     )
 
 
-_ENDS = ("bottom", "top")
+def _bottom_forward(bottom: _Part, setup: Setup) -> float:
+    return 0.0 if setup.rows_are_sent else bottom.total("forward_flops")
 
 
 def _head_flops(pieces: Pieces, parts: dict[str, _Part], setup: Setup) -> float:
@@ -251,7 +260,9 @@ def _work(
     # commit of what was held.
     norms = 4.0 * trunk.total("adapter_tensors") * (2 if chunks > 1 else 1) if leaves else 0.0
     tensors = {
-        "activations_up": smashed + tokens * _MASK_BYTES,
+        "activations_up": (
+            setup.rows * _REFERENCE_BYTES if setup.rows_are_sent else smashed + tokens * _MASK_BYTES
+        ),
         "activations_down": lean * smashed,
         "gradient_up": lean * smashed if leaves else 0.0,
         "gradient_down": norms + (smashed if bottom.passes_back else 0.0),
@@ -261,7 +272,7 @@ def _work(
         for name, size in tensors.items()
     }
     work = Work(
-        bottom_s=layer_s * bottom.total("forward_flops"),
+        bottom_s=layer_s * _bottom_forward(bottom, setup),
         top_s=layer_s * (top.total("forward_flops") + top.backward_flops) + head_s,
         trunk_forward_s=trunk_s * trunk.total("forward_flops"),
         trunk_backward_s=trunk_s * _trunk_backward(trunk, setup),
