@@ -216,14 +216,66 @@ def test_rows_may_be_sent_ahead(llama: Site, keeping: Site):
     assert equal(expected, found)
 
 
-@pytest.mark.parametrize("codec", ["raw", "bf16"])
-def test_what_is_kept_is_what_was_encoded(llama: Site, keeping: Site, codec: str):
-    """With a codec the server goes on from the very bytes that it got."""
+@pytest.fixture
+def learn_early(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learn statics from the first batch."""
+    monkeypatch.setattr("cutlayer.client.calibration._TOKENS_FOR_A_MEAN", 60)
+    monkeypatch.setattr("cutlayer.client.calibration._TOKENS_A_COORDINATE", 1)
+
+
+@pytest.mark.parametrize("codec", ["bf16", "rotated4", "klt2"])
+@pytest.mark.usefixtures("learn_early")
+def test_what_is_kept_is_what_was_encoded(llama: Site, keeping: Site, codec: Any):
+    """With a codec the server goes on from the very bytes that it got, also with statics."""
+    if codec == "klt2":
+        codec = {"activations_up": "klt2", "activations_down": "rotated4", "gradients_up": "int8"}
     settings = {"train": FROZEN, "codec": codec}
     with llama.connect(**settings) as plain:
         expected = trained(plain)
     with keeping.connect(**settings, send_once=True) as split:
         assert equal(expected, trained(split))
+
+
+@pytest.mark.usefixtures("learn_early")
+@pytest.mark.parametrize("are_statics_there", [True, False])
+def test_rows_with_statics_are_read_as_they_were_written(
+    keeping: Site, tmp_path: Path, are_statics_there: bool
+):
+    """A resumed run names rows only if it has what they were written with; else they go anew."""
+    folder, batches = tmp_path / "once", epochs_of()[0]
+    settings = {"train": FROZEN, "codec": "rotated4", "send_once": folder, "run": "statics"}
+    reached: list[list[Tensor]] = []
+    counts = []
+    for epochs in (2, 1):
+        split = keeping.connect(**settings)
+        trunk = keeping.server.sessions.in_memory()[-1].trunk  # type: ignore[union-attr]
+        reached.append(seen := [])
+        forward = trunk.forward
+
+        def seen_forward(
+            *args: Any, _forward: Any = forward, _seen: Any = seen, **more: Any
+        ) -> Any:
+            _seen.append(args[1].detach().clone())
+            return _forward(*args, **more)
+
+        trunk.forward = seen_forward
+        with torch.no_grad():
+            for batch in batches * epochs:
+                split(**batch, use_cache=False)
+        counts.append(split.by_rows.once.counts())
+        split.close(keep_rows=True)
+        for path in folder.glob("statics-*"):
+            if not are_statics_there:
+                path.unlink()
+
+    last = len(batches)
+    assert counts[0]["sent"] == ROWS + BATCH  # those of the first batch once more, with statics
+    if are_statics_there:
+        assert counts[1]["sent"] == 0
+        assert equal(reached[0][-last:], reached[1])
+    else:
+        assert counts[1]["sent"] == ROWS - BATCH  # the first batch is there as it went without
+        assert equal(reached[0][:1], reached[1][:1])
 
 
 def test_trl_trains_the_same(llama: Site, keeping: Site, tmp_path: Path):

@@ -87,6 +87,7 @@ class ByRows:
         return not (is_generating and (self._caches_by_default if use_cache is None else use_cache))
 
     def _batch_of(self, run: Callable[..., Any], given: Mapping[str, Any]) -> Batch:
+        self._link.calibrate_if_due()  # what is learnt is among what decides the ids
         rows, device = rows_in(given), given["input_ids"].device.type
         is_on = torch.is_autocast_enabled(device)
         autocast = dtype_name(torch.get_autocast_dtype(device)) if is_on else ""
@@ -219,6 +220,9 @@ def arrange_rows(split: Any, asked: pb.OpenSessionRequest) -> RowsAhead | None:
     codec = asked.codecs["activations_up"]
     about = asked.agreement.SerializeToString(deterministic=True) + codec.encode()
     once.bind(about + _digest_of_frozen(split, remote))
+    width = split.hf_model.config.get_text_config().hidden_size
+    if statics := once.statics_of_an_earlier_run(width):
+        remote.link.calibrate(statics)
     caches = bool(getattr(split.hf_model.config.get_text_config(), "use_cache", False))
     top_only = functools.partial(bottom_bypassed, split.hf_model, split.anatomy, split.cut)
     split.by_rows = ByRows(once, remote, remote.link, top_only, caches_by_default=caches)

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.client.replies import Named, Pending
+from cutlayer.client.send_once import Batch
 from cutlayer.wire.codecs import CODECS
 from cutlayer.wire.statics import Learner, Statics
 
@@ -48,7 +49,20 @@ class Calibration:
         self._width = smashed_BTD.shape[-1]
         if question.rows is None:
             self._see("smashed", smashed_BTD, question.carried)
+        else:
+            self.rows_left(question.rows, question.carried)
         return Watched(self, question, output)
+
+    def rows_left(self, rows: Batch, carried: Mapping[str, Tensor]) -> None:
+        """Learn of rows that leave for the first time."""
+        if rows.hidden_BTD is not None:
+            self._width = rows.hidden_BTD.shape[-1]
+            own = {n: t[rows.new] if len(t) == len(rows.ids) else t for n, t in carried.items()}
+            self._see("smashed", rows.hidden_BTD, own)
+
+    def known(self, name: str) -> None:
+        """Learn nothing of a direction: its statics are there."""
+        self._codecs.pop(name, None)
 
     def arrived(self, out_BTD: Tensor, question: Question) -> None:
         """Learn of what the trunk sent back."""

@@ -19,6 +19,7 @@ from cutlayer.client.send_once import Batch
 from cutlayer.errors import ProtocolError
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.codecs import CODECS, codecs_of, in_force, round_trip
+from cutlayer.wire.rows import SMASHED
 from cutlayer.wire.statics import Statics, statics_as_tensors
 from cutlayer.wire.tensors import dtype_name
 
@@ -45,7 +46,8 @@ class TrunkLink:
 
     def forward(self, smashed_BTD: Tensor, question: Question) -> tuple[int, Named | Watched]:
         """Send activations; return the request's number and the trunk's output to come."""
-        self._calibrate_if_due()
+        if question.rows is None:
+            self.calibrate_if_due()  # else before the rows got their ids
         head = pb.Head(
             forward=pb.Forward(
                 training=question.training,
@@ -82,13 +84,21 @@ class TrunkLink:
     def _statics(self, name: str) -> Statics | None:
         return self._connection.statics.get(name)
 
-    def _calibrate_if_due(self) -> None:
+    def calibrate_if_due(self) -> None:
         """Send what was learnt of a direction's activations, once; it is used from then on."""
         statics = self._calibration.finished()
         if statics:
-            tensors = statics_as_tensors(statics)
-            self._connection.request(pb.Head(calibrate=pb.Calibrate()), tensors, unattended=True)
-            self._connection.statics = self._connection.statics | statics
+            self.calibrate(statics)
+
+    def calibrate(self, statics: Mapping[str, Statics]) -> None:
+        """Send statics, which are used from then on, also for rows that are sent once."""
+        for name in statics:
+            self._calibration.known(name)
+        if self._connection.once is not None and SMASHED in statics:
+            self._connection.once.learnt(statics[SMASHED])
+        tensors = statics_as_tensors(statics)
+        self._connection.request(pb.Head(calibrate=pb.Calibrate()), tensors, unattended=True)
+        self._connection.statics = {**self._connection.statics, **statics}
 
     def as_it_arrives(self, name: str, tensor: Tensor) -> Tensor:
         """Return a tensor that leaves as the server will have it: `smashed` or `gradient`."""
@@ -102,18 +112,17 @@ class TrunkLink:
         up = self._codecs["activations_up"]
         codecs = dict.fromkeys(tensors, "int32")
         for name in tensors:
-            if name == "smashed":
-                codecs[name] = in_force(up, self._statics(name))
-            elif name.startswith("smashed/"):
-                # A row that is sent once outlives this session, and what it learnt.
-                codecs[name] = in_force(up, None)
+            if name.partition("/")[0] == SMASHED:
+                codecs[name] = in_force(up, self._statics(SMASHED))
         return codecs
 
     def keep_rows(self, rows: Batch, carried: Mapping[str, Tensor]) -> Pending:
         """Send rows ahead of the forward that will name them; return the reply to come."""
         head = pb.Head(keep_rows=pb.KeepRows(rows=rows.ids, row_tokens=rows.tokens))
         tensors = {n: t for n, t in rows.tensors(carried).items() if "/" in n}
-        return self._connection.request(head, tensors, codecs=self._codecs_of(tensors))
+        pending = self._connection.request(head, tensors, codecs=self._codecs_of(tensors))
+        self._calibration.rows_left(rows, carried)
+        return pending
 
     def backward(
         self, forward: int, grad_BTD: Tensor, *, hold: int = 0, wants_norms: bool = True

@@ -4,7 +4,8 @@ A row is what the trainer put into a batch: one sample or one pack, at its padde
 an HMAC under a secret of this run over all that decides its activations, so that the server can
 tell that a row came again and nothing else. Beside the secret lies a copy of what was sent of each
 row, sealed; so the bottom never runs for a row again, and a row that the server has lost
-(docs/decisions/0015) is sent again as it was.
+(docs/decisions/0015) is sent again as it was. What the codec has learnt lies there too, for a
+resumed run, and is among what decides an id: no row is ever read with other statics than its own.
 """
 
 # Shapes:  B batch   T tokens   D model width
@@ -33,8 +34,18 @@ from torch import Tensor
 from cutlayer.errors import StorageError
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Message
-from cutlayer.wire.rows import add_row, opened, path_of, records_in, rows_that_came, sealed
-from cutlayer.wire.tensors import bytes_of, read_tensors
+from cutlayer.wire.rows import (
+    SMASHED,
+    add_row,
+    opened,
+    path_of,
+    record_of,
+    records_in,
+    rows_that_came,
+    sealed,
+)
+from cutlayer.wire.statics import Statics, statics_as_tensors, statics_of
+from cutlayer.wire.tensors import attach_tensors, bytes_of, read_tensors
 
 __all__ = ["Batch", "SendOnce"]
 
@@ -96,6 +107,7 @@ class SendOnce:
         rows_sent: How many rows went up as activations.
         rows_named: How many went up as a reference.
         sent_bytes: Bytes of the activations, masks and positions of the former, encoded.
+        statics: What the codec knows of the activations, as `smashed`, once it is learnt.
     """
 
     def __init__(self, folder: Path | None, *, ttl_s: float) -> None:
@@ -126,6 +138,7 @@ class SendOnce:
         self._id_key = derive(b"ids")
         self._ttl_s = ttl_s
         self._has_told_of_disk = False
+        self.statics: dict[str, Statics] = {}
         self.rows_sent = self.rows_named = self.sent_bytes = 0
         self._sent_s = {  # when each row went up that the server may hold
             bytes.fromhex(path.name): path.stat().st_mtime
@@ -137,6 +150,34 @@ class SendOnce:
     def bind(self, bottom: bytes) -> None:
         """Make all ids depend on what a row's activations follow from, the row itself apart."""
         self._id_key = hmac.digest(self._id_key, bottom, hashlib.sha256)
+
+    def statics_of_an_earlier_run(self, width: int) -> dict[str, Statics]:
+        """Return what was learnt before this run was interrupted, nothing if that is not here."""
+        path, name = self._statics_file()
+        try:
+            found = opened(self.key, path.read_bytes(), name)
+        except OSError:
+            return {}
+        return statics_of(read_tensors(found), width) if found is not None else {}
+
+    def learnt(self, statics: Statics) -> None:
+        """Keep what was learnt for a resumed run; the ids of all rows from now on depend on it."""
+        path, name = self._statics_file()
+        self.statics = {SMASHED: statics}
+        head, tensors = pb.Head(), statics_as_tensors(self.statics)
+        record = record_of(head, attach_tensors(head, tensors))
+        try:
+            aside = path.with_name(f".{path.name}")
+            aside.write_bytes(sealed(self.key, record, name))
+            aside.replace(path)
+        except OSError as error:
+            log.warning("a resumed run will send all rows again (%s)", error.strerror)
+        self.bind(record)
+
+    def _statics_file(self) -> tuple[Path, bytes]:
+        """Return where statics are that were learnt of this bottom with this codec."""
+        name = hmac.digest(self._id_key, b"statics", hashlib.sha256)
+        return self.folder / f"statics-{name.hex()[:32]}", name
 
     # ------------------------------------------------------------------ before a forward
 
@@ -178,7 +219,7 @@ class SendOnce:
         Raises:
             StorageError: If its copy is gone.
         """
-        return read_tensors(self._copy_of(row))
+        return read_tensors(self._copy_of(row), statics=self.statics)
 
     # ------------------------------------------------------------------ what leaves and comes back
 

@@ -17,7 +17,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 
@@ -41,6 +41,7 @@ from cutlayer.wire.rows import (
     sealed,
     unpacked,
 )
+from cutlayer.wire.statics import Statics
 from cutlayer.wire.tensors import read_tensors, refuse_not_finite
 
 __all__ = ["RowStore", "RunRows", "check_rows", "drop_rows", "row_bytes"]
@@ -252,14 +253,18 @@ class RunRows:
         self._read = {number: row for number, row in found.items() if row is not None}
         return None
 
-    def joined(self, head: pb.Head, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    def joined(
+        self, head: pb.Head, tensors: dict[str, Tensor], statics: Mapping[str, Statics]
+    ) -> dict[str, Tensor]:
         """Return the tensors of a forward as if all its rows had come in one piece.
 
-        Those that came are checked before (`check_rows`).
+        Those that came are checked before (`check_rows`); tensors of another verb stay as they are.
 
         Raises:
             ProtocolError: If rows do not fit together, or not what the head says of them.
         """
+        if not head.HasField("forward"):
+            return tensors
         asked = head.forward
         rows: list[dict[str, Tensor]] = [{} for _ in asked.rows]
         whole = {}
@@ -270,7 +275,7 @@ class RunRows:
             else:
                 whole[name] = tensor
         for place, message in self._read.items():
-            rows[place] = read_tensors(message)
+            rows[place] = read_tensors(message, statics=statics)
         self._read = {}
         first = {name: (t.shape, t.dtype) for name, t in rows[0].items()}
         for row in rows:

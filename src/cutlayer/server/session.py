@@ -193,7 +193,7 @@ class Session:
         if self.rows is None or not (head.forward.rows or head.keep_rows.rows):
             return do(head, tensors)
         check_rows(head, tensors, self.width)
-        answer = do(head, self.rows.joined(head, tensors) if verb == "forward" else tensors)
+        answer = do(head, self.rows.joined(head, tensors, self.statics))
         self.rows.keep_those_in(message)
         return answer
 

@@ -28,6 +28,7 @@ __all__ = [
     "add_row",
     "opened",
     "path_of",
+    "record_of",
     "records_in",
     "rows_that_came",
     "sealed",
@@ -65,10 +66,11 @@ def records_in(head: Head, parts: Sequence[memoryview]) -> dict[int, bytes]:
         kept.CopyFrom(meta)
         kept.name = name
         bodies.setdefault(int(number), []).append(part)
-    return {n: _packed(kept, bodies[n]) for n, kept in heads.items()}
+    return {n: record_of(kept, bodies[n]) for n, kept in heads.items()}
 
 
-def _packed(head: Head, parts: Sequence[memoryview]) -> bytes:
+def record_of(head: Head, parts: Sequence[memoryview]) -> bytes:
+    """Return a message as a record."""
     packed = head.SerializeToString()
     return b"".join([_LENGTH.pack(len(packed)), packed, *parts])
 

@@ -74,12 +74,12 @@ def attach_tensors(
         head: The head, to which the metas are added.
         tensors: What to send, by name.
         codecs: The codec of each tensor by name; `raw` where none is named.
-        statics: What codecs know of a tensor, by name.
+        statics: What codecs know of a tensor, by name; a row's `name/3` is looked up as `name`.
     """
     parts = []
     for name, tensor in tensors.items():
         codec = (codecs or {}).get(name, "raw")
-        known = (statics or {}).get(name) if CODECS[codec].learns else None
+        known = (statics or {}).get(_kind_of(name)) if CODECS[codec].learns else None
         payload = bytes_of(CODECS[codec].encode(tensor.detach(), known))
         head.tensors.append(
             TensorMeta(
@@ -149,7 +149,7 @@ def _known(meta: TensorMeta, codec: Codec, statics: Mapping[str, Statics]) -> St
     """Return the statics that a tensor was encoded with, `None` if with none."""
     if not meta.centred and codec.learns != "basis":
         return None
-    known = statics.get(meta.name)
+    known = statics.get(_kind_of(meta.name))
     fits = known is not None and list(meta.shape[-1:]) == [known.width]
     if not codec.learns or not fits or (codec.learns == "basis" and known.bits_K is None):  # type: ignore[union-attr]
         raise ProtocolError(
@@ -157,6 +157,10 @@ def _known(meta: TensorMeta, codec: Codec, statics: Mapping[str, Statics]) -> St
             "held here"
         )
     return known
+
+
+def _kind_of(name: str) -> str:
+    return name.partition("/")[0]
 
 
 def refuse_not_finite(tensor: Tensor, what: str, hint: str) -> None:
