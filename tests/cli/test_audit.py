@@ -242,6 +242,7 @@ PROFILES = {
         {"split_privacy_profile": "forward_only", "split_train": ["trunk"]},
         "trains top only",
     ),
+    "a part that is none": ({"split_train": "trunk,top"}, "'trunk,top', which is no part"),
     "an epsilon that it has not": (
         {"split_privacy_profile": "empirical", "split_privacy": {"epsilon": 8.0}},
         "which has none",

@@ -75,6 +75,23 @@ def saved_tiny(folder_of: Any, folder: Path, model_type: str, **settings: Any) -
     return model
 
 
+def test_a_preview_counts_rows_that_are_sent_once(folder_of: Any, tmp_path: Path, capsys: Any):
+    """Later epochs send the gradient alone, which is as large as the activations were."""
+    model = saved_tiny(folder_of, tmp_path, "llama")
+    write_rows(tmp_path, [{"text": text} for text in dataset(24)["text"]])
+    seen = []
+    for settings in ({}, {"split_send_once": True}):
+        once = {"split_train": ["trunk", "top"], "max_steps": None, "num_train_epochs": 3}
+        config = write_run(tmp_path, model, 1, **once, **settings)
+        assert main(["preview", "--config", str(config), "--format", "json"]) == 0
+        seen.append(json.loads(capsys.readouterr().out))
+
+    plain, once = seen
+    assert plain["up_bytes_per_later_step"] == plain["up_bytes_per_step"]
+    assert 2 * once["up_bytes_per_later_step"] == once["up_bytes_per_step"]
+    assert once["up_bytes_per_step"] == plain["up_bytes_per_step"]
+
+
 def test_the_readmes_commands(folder_of: Any, tmp_path: Path):
     """From certificates to a merged adapter that stock peft loads, with mutual TLS."""
     model = saved_tiny(folder_of, tmp_path, "llama")

@@ -137,8 +137,12 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
     steps = sft.max_steps
     if steps <= 0:
         steps = math.ceil(len(rows) * sft.num_train_epochs / batch)
+    in_first = min(math.ceil(len(rows) / batch), steps) if given["send_once"] else steps
+    saved_bytes = cost.activations_up_bytes if given["send_once"] else 0
     client_s = cost.client_flops / _flops_per_s(torch)
-    link_s = (cost.up_bytes + cost.down_bytes) * 8 / (bandwidth_mbit * 1e6)
+    bits_per_s = bandwidth_mbit * 1e6
+    link_s = (cost.up_bytes + cost.down_bytes) * 8 / bits_per_s
+    saved_s = (steps - in_first) * saved_bytes * 8 / bits_per_s
     return {
         "rows": len(rows),
         "tokens_median": lengths[len(lengths) // 2],
@@ -148,6 +152,7 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
         "num_layers": skeleton.anatomy.num_layers,
         "steps": steps,
         "up_bytes_per_step": cost.up_bytes,
+        "up_bytes_per_later_step": cost.up_bytes - saved_bytes,
         "down_bytes_per_step": cost.down_bytes,
         "client_weight_bytes": cost.client_weight_bytes,
         "client_state_bytes": cost.client_state_bytes,
@@ -155,7 +160,7 @@ def _facts(settings: Run, rows: list[dict[str, Any]], bandwidth_mbit: float) -> 
         "trunk_state_bytes": cost.trunk_state_bytes,
         "client_s_per_step": client_s,
         "link_s_per_step": link_s,
-        "eta_s_without_trunk": steps * (client_s + link_s),
+        "eta_s_without_trunk": steps * (client_s + link_s) - saved_s,
         "trunk_flops_per_step": cost.trunk_flops,
     }
 
@@ -183,11 +188,13 @@ def _text(shown: list[list[dict[str, Any]]], facts: dict[str, Any]) -> str:
         for sample in shown
     ]
     size = {name: human_bytes(facts[name]) for name in facts if name.endswith(("bytes", "_step"))}
+    later = size["up_bytes_per_later_step"]
     lines += [
         f"{facts['rows']} samples of {facts['tokens_median']} tokens (median), "
         f"{facts['tokens_max']} at most; {facts['supervised_tokens']} tokens carry loss",
         f"cut {facts['cut']} of {facts['num_layers']} layers, {facts['steps']} steps",
-        f"each step sends {size['up_bytes_per_step']} and receives {size['down_bytes_per_step']}",
+        f"each step sends {size['up_bytes_per_step']} and receives {size['down_bytes_per_step']}"
+        + (f"; in later epochs it sends {later}" if later != size["up_bytes_per_step"] else ""),
         f"memory here: weights {size['client_weight_bytes']}, adapter and optimizer "
         f"{size['client_state_bytes']}, and activations",
         f"memory at the server: weights {size['trunk_weight_bytes']} for all tenants, adapter and "

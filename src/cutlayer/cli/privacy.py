@@ -65,6 +65,7 @@ def parts_of(run: Run) -> list[str]:
         ConfigError: If the profile does not allow them.
     """
     from cutlayer.privacy.profiles import profile_of
+    from cutlayer.split.adapters import PARTS
 
     allowed = profile_of(run.split.privacy_profile).train
     if run.split.dp_sgd is not None:
@@ -77,6 +78,12 @@ def parts_of(run: Run) -> list[str]:
             )
     if run.split.train is None:
         return list(allowed)
+    unknown = [part for part in run.split.train if part not in PARTS]
+    if unknown:
+        raise ConfigError(
+            f"split_train asks for '{unknown[0]}', which is no part: give a list, such as "
+            f"[{', '.join(PARTS)}]"
+        )
     beyond = [part for part in run.split.train if part not in allowed]
     if beyond:
         raise ConfigError(

@@ -36,6 +36,8 @@ class Footprint:
     """The same of the trunk's half: what one more tenant costs the server."""
     up_bytes: int
     """Sent per step: activations and the gradient at the upper cut."""
+    activations_up_bytes: int
+    """The activations among them, which `split_send_once` leaves out in later epochs."""
     down_bytes: int
     """Received per step."""
     client_flops: float
@@ -83,6 +85,7 @@ def footprint(
         client_state_bytes=_state_bytes(plan.client_parameters),
         trunk_state_bytes=_state_bytes(plan.trunk_parameters),
         up_bytes=each["activations_up"] + each["gradients_up"],
+        activations_up_bytes=each["activations_up"],
         down_bytes=each["activations_down"] + (each["gradients_down"] if bottom_trains else 0),
         client_flops=tokens
         * (2.0 * bottom * (2 if bottom_trains else 1) + 4.0 * (top + head_numel)),
