@@ -78,9 +78,9 @@ _GRPC = (
     "three a chunk"
 )
 _CLIENT = (
-    "PyTorch, transformers, peft and gRPC alone take 9% of what full fine-tuning does, the client's "
-    "weights (the embedding most of all) 4%; of the rest holes in the C library's heap are the "
-    "largest part: with jemalloc it is 779 MiB and not 991"
+    "PyTorch, transformers, peft and gRPC alone take 9% of what full fine-tuning does, and the "
+    "client's weights (the embedding most of all) 4%; of the rest holes in the C library's heap "
+    "are the largest part: with jemalloc it is 779 MiB and not 991"
 )
 
 GOALS = (

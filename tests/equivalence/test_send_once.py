@@ -202,6 +202,16 @@ def test_generation_goes_on_between_epochs(llama: Site, keeping: Site):
     assert torch.equal(expected, found)
 
 
+def test_a_trainer_whose_rows_do_not_last_is_told(keeping: Site, tmp_path: Path, caplog: Any):
+    """Fresh noise on the embedding is refused; batches without padding save nothing, says a log."""
+    with keeping.connect(train=FROZEN, send_once=True) as split:
+        with pytest.raises(ConfigError, match="neftune_noise_alpha draws fresh noise"):
+            trainer_of(split, tmp_path, neftune_noise_alpha=5.0)
+        trainer_of(split, tmp_path, padding_free=True, max_length=None)
+
+    assert "split_send_once saves nothing" in caplog.text
+
+
 def test_rows_may_be_sent_ahead(llama: Site, keeping: Site):
     """After `send_ahead` of a whole epoch the run names rows only, and ends the same."""
     with llama.connect(train=FROZEN) as plain:

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import cutlayer
-from tests.site import Site, adapter_of, batch_of, equal, lora
+from tests.site import Site, adapter_of, batch_of, equal, lora, site_of
 from tests.tokens import dataset, tokenizer
 
 WORDS = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -191,3 +192,57 @@ def test_dropout_is_the_same_from_run_to_run(llama: Site, tmp_path: Path):
     assert equal(same, again)
     assert of_trunk
     assert all(not equal(same[name], without[name]) for name in of_trunk)
+
+
+def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(
+    folder_of: Any, certs: Path, tmp_path: Path
+):
+    """A Trainer tells every model how many items a batch has; a classifier's loss is a mean."""
+    task = "sequence-classification"
+    site = site_of(folder_of("llama", task=task), certs, tmp_path / "state", task=task)
+    rows = [{"input_ids": [20 + i, 30 + i, 40], "labels": i % 3} for i in range(8)]
+    logs = []
+    for chunks in (1, 2):
+        config = lora(task, target_modules=["q_proj", "up_proj"])
+        with site.connect(peft_config=config, num_labels=3, chunks=chunks) as split:
+            args = settings_of(tmp_path, max_steps=3, per_device_train_batch_size=4)
+            trainer = Trainer(
+                model=split,
+                args=TrainingArguments(
+                    **{f.name: getattr(args, f.name) for f in fields(TrainingArguments) if f.init}
+                ),
+                train_dataset=rows,
+                data_collator=lambda few: {k: torch.tensor([r[k] for r in few]) for k in few[0]},
+            )
+            cutlayer.attach(trainer)
+            trainer.train()
+            logs.append([(e["loss"], e["grad_norm"]) for e in trainer.state.log_history[:-1]])
+    site.server.stop(grace_s=0.5)
+
+    whole, in_chunks = torch.tensor(logs)
+    assert len(whole) == 3
+    torch.testing.assert_close(whole, in_chunks, rtol=1e-4, atol=1e-4)
+
+
+def test_a_step_that_is_left_out_clips_nothing_later(llama: Site):
+    """Whoever clips, sees too large a norm and drops the gradients begins anew on both sides."""
+
+    def train(model: Any, clip: Any, optimizer: torch.optim.Optimizer) -> dict[str, Any]:
+        for seed, (most, is_done) in enumerate([(1e-3, False), (1e9, True)]):
+            model.train()(**batch_of(seed)).loss.backward()
+            clip(model.parameters(), most)
+            if is_done:
+                optimizer.step()
+            optimizer.zero_grad()
+        return adapter_of(model)
+
+    def sgd(model: Any) -> torch.optim.Optimizer:
+        return torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=1.0)
+
+    whole = llama.unsplit()
+    expected = train(whole, torch.nn.utils.clip_grad_norm_, sgd(whole))
+    with llama.connect() as split:
+        optimizer = sgd(split)
+        found = train(split, cutlayer.attach(optimizer, split).clip_grad_norm_, optimizer)
+
+    assert equal(expected, found)

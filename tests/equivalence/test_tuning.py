@@ -42,6 +42,18 @@ def test_auto_is_the_same_fixed_numbers(llama: Site):
     assert len({counts[number] for number in range(6, 9)}) == 1
 
 
+def test_the_last_batch_of_an_epoch_is_not_compared(llama: Site):
+    """It has fewer rows than the others, wherever in the search it comes."""
+    with llama.connect(chunks="auto") as split:
+        loop, counts = Loop.over(split), []
+        for rows in (3, 8, 3, 8, 8, 3, 8, 3, 8, 8, 8):
+            loop.step(batch_of(len(counts), rows=rows))
+            counts.append(split.chunks)
+
+        assert counts[:-1] == [2, 2, 2, 2, 2, 8, 8, 8, 8, 8]
+        assert split.tuning.found == counts[-1]
+
+
 def test_an_evaluation_decides_nothing(llama: Site):
     """Forwards without a backward are in one piece, and no step of the search."""
     with llama.connect(chunks="auto") as split, torch.no_grad():

@@ -256,3 +256,10 @@ class SplitModelForCausalLM(SplitModel, PeftModelForCausalLM):
 
 class SplitModelForSequenceClassification(SplitModel, PeftModelForSequenceClassification):
     """A sequence classifier whose trunk is elsewhere."""
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the model; a classifier's loss is the mean over its rows."""
+        # Trainers tell it to every model, and no classifier of transformers makes a sum of it: a
+        # chunk's loss must not be taken for a share of one.
+        kwargs.pop("num_items_in_batch", None)
+        return super().forward(*args, **kwargs)

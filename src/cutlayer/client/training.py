@@ -9,6 +9,7 @@ reply.
 from __future__ import annotations
 
 import functools
+import logging
 import re
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -25,6 +26,8 @@ from cutlayer.errors import ConfigError
 from cutlayer.wire import cutlayer_pb2 as pb
 
 __all__ = ["TrunkOptimizer", "attach"]
+
+log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"\.\d+\.")
 
@@ -65,6 +68,7 @@ class TrunkOptimizer:
 
     def _zeroed(self) -> None:
         """Drop the trunk's gradients with the client's; a step has dropped them already."""
+        self._clip_factor = 1.0  # of a step that was left out
         connection = self._model.connection
         if self._model.remote_trunk.trains:
             if self._gradients_are_of != connection.gradient_changes():
@@ -220,12 +224,29 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     split = getattr(driver, "model", None)
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    if split.by_rows is not None:
+        _check_rows_last(driver)
     _tell_objective(driver, split)
     keep_both_halves(driver, split)
     look_ahead(driver, split.comes)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
     return link._trunk
+
+
+def _check_rows_last(trainer: Any) -> None:
+    """Look whether a trainer gives the model the same rows in each epoch."""
+    if getattr(trainer.args, "neftune_noise_alpha", None) is not None:
+        raise ConfigError(
+            "split_send_once keeps a row's activations and neftune_noise_alpha draws fresh noise "
+            "for each: leave one of them out"
+        )
+    is_flat = getattr(trainer, "padding_free", False)
+    if is_flat and trainer.args.per_device_train_batch_size > 1:
+        log.warning(
+            "without padding a batch is one row, which shuffling never gives again: "
+            "split_send_once saves nothing; set per_device_train_batch_size to 1, or pad"
+        )
 
 
 def _tell_objective(trainer: Any, model: SplitModel) -> None:

@@ -74,7 +74,8 @@ class Tuning:
         self.found: int | None = None
         self.expected: StepTime | None = None
         self._connection = connection
-        self._step = 0
+        self._most_rows = 0
+        self._asked: tuple[int, int] | None = None
         self._before: dict[str, float] = {}
         self._took: dict[int, list[dict[str, float]]] = {}
 
@@ -91,21 +92,27 @@ class Tuning:
         """
         if self.found is not None:
             return self.found
-        counts = [min(_FEW, rows)] * _STEPS_EACH + [min(_MANY, rows)] * _STEPS_EACH
-        if self._step:
-            self._note(counts[self._step - 1], last)
+        if self._asked is not None and self._asked[0] == self._most_rows:
+            self._note(self._asked[1], last)
+        if rows > self._most_rows:
+            # The last batch of an epoch is smaller; only the largest are compared.
+            self._most_rows, self._took = rows, {}
+        few, many = min(_FEW, self._most_rows), min(_MANY, self._most_rows)
+        counts = [few] * _STEPS_EACH + [many] * _STEPS_EACH
+        done = sum(map(len, self._took.values()))
         self._before = vars(self._connection.traffic).copy()
-        if self._step == len(counts) and last is None:
+        if done == len(counts) and last is None:
             self.found = counts[0]
             log.warning("the model makes no loss itself: there are %d chunks", self.found)
             return self.found
-        if self._step == len(counts):
-            self.expected = best_chunks(self._work(), path_of(self._connection), rows=rows)
+        if done == len(counts):
+            path = path_of(self._connection)
+            self.expected = best_chunks(self._work(), path, rows=self._most_rows)
             self.found = self.expected.chunks
             log.info("%d chunks: %s", self.found, self.expected)
             return self.found
-        self._step += 1
-        return counts[self._step - 1]
+        self._asked = rows, counts[done]
+        return counts[done]
 
     def _note(self, chunks: int, laps: Laps | None) -> None:
         traffic = vars(self._connection.traffic)
