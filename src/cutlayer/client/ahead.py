@@ -10,6 +10,7 @@ acts on the embedding.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -18,18 +19,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlayer.client.chunks import NOT_FOR_THE_BOTTOM
 from cutlayer.client.remote_trunk import RemoteTrunk
-from cutlayer.split.cut import hidden_of, with_hidden
+from cutlayer.split.cut import with_hidden
 
 __all__ = ["Ahead", "look_ahead"]
 
-_OF_THE_LOSS = ("labels", "shift_labels", "num_items_in_batch")
-
 _Bypass = Callable[[], contextlib.AbstractContextManager[None]]
-
-
-class _Reached(Exception):
-    """Leaves the model's forward where the trunk would begin."""
 
 
 @dataclass(frozen=True)
@@ -78,7 +74,7 @@ class Ahead:
         part = self._to_run.popleft()
         with torch.random.fork_rng():
             before = _generators()
-            hidden_BTD = self._bottom(part, run)
+            hidden_BTD = self._remote.at_the_cut(functools.partial(run, **part))
             is_drawn = any(
                 not torch.equal(a, b) for a, b in zip(before, _generators(), strict=True)
             )
@@ -114,17 +110,6 @@ class Ahead:
 
         return hand_over
 
-    def _bottom(self, part: Mapping[str, Any], run: Callable[..., Any]) -> Tensor:
-        found: list[Tensor] = []
-
-        def keep(_module: Any, args: Any, kwargs: Any) -> None:
-            found.append(hidden_of(args, kwargs))
-            raise _Reached
-
-        with contextlib.suppress(_Reached), _before(self._remote, keep):
-            run(**part)
-        return found[0]
-
     def _circumstances(self) -> tuple[Any, ...]:
         """Return what else decides what a bottom gives."""
         autocast = [
@@ -155,7 +140,7 @@ def _inputs_of(part: Mapping[str, Any]) -> dict[str, Tensor]:
     return {
         name: value
         for name, value in part.items()
-        if isinstance(value, Tensor) and name not in _OF_THE_LOSS
+        if isinstance(value, Tensor) and name not in NOT_FOR_THE_BOTTOM
     }
 
 

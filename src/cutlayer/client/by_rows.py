@@ -94,7 +94,8 @@ class ByRows:
         batch = self.once.batch_of(given, rows, autocast)
         if batch.new:
             part = _only(given, rows, batch.new)
-            batch.hidden_BTD = self._remote.at_the_cut(functools.partial(run, **part))
+            hidden_BTD = self._remote.at_the_cut(functools.partial(run, **part))
+            batch.hidden_BTD = hidden_BTD.detach()
         return batch
 
     def send_one_ahead(self, run: Callable[..., Any], given: Mapping[str, Any]) -> Pending | None:

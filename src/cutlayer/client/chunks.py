@@ -10,9 +10,13 @@ import torch
 from torch import Tensor
 from transformers.utils import ModelOutput
 
-__all__ = ["joined", "rows_in", "rows_of", "spans", "weight_of"]
+__all__ = ["NOT_FOR_THE_BOTTOM", "joined", "rows_in", "rows_of", "spans", "weight_of"]
 
 IGNORED_LABEL = -100
+NOT_FOR_THE_BOTTOM = frozenset(
+    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "completion_mask"}
+)
+"""Arguments of a forward on which no activation at the lower cut depends."""
 
 
 def rows_in(kwargs: Mapping[str, Any]) -> int:

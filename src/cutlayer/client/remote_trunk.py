@@ -207,7 +207,7 @@ class RemoteTrunk(nn.Module):
         if self._receiving is not None:
             return self._anatomy.as_returned(self._receive(self._receiving))
         if self.is_capturing:
-            raise _Reached(hidden_of(args, kwargs).detach())
+            raise _Reached(hidden_of(args, kwargs))
         chunk = self._send(hidden_of(args, kwargs), cache_of(args, kwargs))
         if self._sending is not None:
             self._sending.append(chunk)

@@ -31,6 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from cutlayer.client.chunks import NOT_FOR_THE_BOTTOM
 from cutlayer.errors import StorageError
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.frames import Message
@@ -50,10 +51,6 @@ from cutlayer.wire.tensors import attach_tensors, bytes_of, read_tensors
 __all__ = ["Batch", "SendOnce"]
 
 log = logging.getLogger(__name__)
-
-_NOT_FOR_THE_BOTTOM = frozenset(
-    {"labels", "shift_labels", "num_items_in_batch", "logits_to_keep", "completion_mask"}
-)
 
 
 @dataclass
@@ -193,7 +190,7 @@ class SendOnce:
         own = [shared] * rows
         for name in sorted(given):
             value = given[name]
-            if name in _NOT_FOR_THE_BOTTOM or not isinstance(value, Tensor):
+            if name in NOT_FOR_THE_BOTTOM or not isinstance(value, Tensor):
                 continue
             is_in_rows = value.dim() > 0 and len(value) == rows
             about = f"\0{name} {value.dtype} {tuple(value.shape[is_in_rows:])}\0".encode()
