@@ -68,6 +68,14 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="let clients send each row once and keep it, under their keys, for S seconds "
         "(default: 0, keep none; what is kept is deleted)",
     )
+    add(
+        "--fuse_tokens",
+        type=int,
+        default=0,
+        metavar="N",
+        help="compute forwards of N tokens at most together with other tenants' that wait; results "
+        "are within rounding of those alone, and not bit-equal (default: 0, each alone)",
+    )
     add("--lease_s", type=float, default=300.0, help="silence that parks a session (default: 300)")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add_quotas(parser, "of every tenant (default: no limit)")
@@ -119,6 +127,7 @@ def run(args: argparse.Namespace) -> int:
         limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
         row_ttl_s=max(args.send_once_ttl_s, 0.0),
+        fuse_tokens=max(args.fuse_tokens, 0),
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

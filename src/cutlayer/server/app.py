@@ -90,6 +90,7 @@ def make_server(
     limits: Limits | None = None,
     attest: Callable[[bytes], bytes] | None = None,
     row_ttl_s: float = 0.0,
+    fuse_tokens: int = 0,
 ) -> Server:
     """Load a trunk and serve it.
 
@@ -115,6 +116,8 @@ def make_server(
         limits: What a tenant may ask.
         attest: Returns evidence of this server for a client's nonce; without it none is offered.
         row_ttl_s: Seconds for which rows that clients send once are kept; 0 keeps none.
+        fuse_tokens: Forwards of so many tokens at most are computed together with those of other
+            tenants that wait; 0 computes each alone.
 
     Raises:
         ConfigError: If the port is taken or the dtype unknown.
@@ -160,6 +163,7 @@ def make_server(
         watch=watch,
         desk=Desk(quotas, register.quotas_of),
         row_ttl_s=row_ttl_s,
+        fuse_tokens=fuse_tokens,
     )
     offer = sessions.offer()
     offer.model_id, offer.version = Path(model).name, version("cutlayer")

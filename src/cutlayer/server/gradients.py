@@ -49,6 +49,14 @@ class Gradients:
             self._held[hold] = [p.grad for p in self._parameters]
             self._put(committed)
 
+    def add(self, grads: Sequence[Tensor], hold: int = 0) -> None:
+        """Accumulate gradients that were computed elsewhere, one for each parameter."""
+        with self.accumulating(hold):
+            for parameter, grad in zip(self._parameters, grads, strict=True):
+                # A copy: what comes is a slice of a tensor that has other tenants' in it too.
+                known = parameter.grad
+                parameter.grad = grad.clone() if known is None else known.add_(grad)
+
     def _put(self, grads: Sequence[Tensor | None]) -> None:
         for parameter, grad in zip(self._parameters, grads, strict=True):
             parameter.grad = grad

@@ -17,7 +17,7 @@ from cutlayer.wire import cutlayer_pb2 as pb
 if TYPE_CHECKING:
     from cutlayer.server.trunk import TenantTrunk
 
-__all__ = ["Memory"]
+__all__ = ["Memory", "counting_saved"]
 
 
 class Memory:
@@ -96,27 +96,38 @@ class Memory:
     @contextlib.contextmanager
     def _measuring(self, sequence: int, kind: tuple[object, ...]) -> Iterator[None]:
         """Count what the forward inside keeps for its backward; each kind is measured once."""
-        if kind in self._known:
+        ahead = self._trunk.ahead.get(sequence)
+        if ahead is not None or kind in self._known:
             yield
         else:
-            seen: dict[int, int] = {}
-            shared = {at for tensor in self._weights() for at in _storages(tensor)}
-
-            def pack(tensor: Tensor) -> Tensor:
-                seen.update({k: v for k, v in _storages(tensor).items() if k not in shared})
-                # Not the tensor itself: of an output that would be a cycle, and never be freed.
-                return tensor.detach()
-
-            with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            with counting_saved([self._trunk]) as seen:
                 yield
             self._known[kind] = sum(seen.values())
         kept = self._trunk.kept
         graphs = {number: size for number, size in self._graphs.items() if number in kept}
-        self._graphs = {**graphs, sequence: self._known[kind]}
+        mine = self._known[kind] if ahead is None else ahead.graph_bytes
+        self._graphs = {**graphs, sequence: mine}
 
-    def _weights(self) -> Iterable[Tensor]:
-        model = self._trunk.model if self._trunk.peft is None else self._trunk.peft
-        return (*model.parameters(), *model.buffers())
+
+@contextlib.contextmanager
+def counting_saved(trunks: Iterable[TenantTrunk]) -> Iterator[dict[int, int]]:
+    """Yield the bytes that what is computed inside keeps for its backward, by their address.
+
+    Args:
+        trunks: Whose weights are not counted.
+    """
+    seen: dict[int, int] = {}
+    models = [trunk.model if trunk.peft is None else trunk.peft for trunk in trunks]
+    tensors = (tensor for model in models for tensor in (*model.parameters(), *model.buffers()))
+    shared = {at for tensor in tensors for at in _storages(tensor)}
+
+    def pack(tensor: Tensor) -> Tensor:
+        seen.update({k: v for k, v in _storages(tensor).items() if k not in shared})
+        # Not the tensor itself: of an output that would be a cycle, and never be freed.
+        return tensor.detach()
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        yield seen
 
 
 def _storages(tensor: Tensor) -> dict[int, int]:

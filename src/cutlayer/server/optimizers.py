@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
-__all__ = ["OPTIMIZERS", "Group"]
+from cutlayer.errors import Refused
+
+__all__ = ["OPTIMIZERS", "Group", "make_optimizer"]
 
 OPTIMIZERS: dict[str, Callable[..., torch.optim.Optimizer]] = {
     cls.__name__: cls
@@ -34,3 +37,36 @@ class Group:
     betas: tuple[float, ...] = ()
     names: tuple[str, ...] = ()
     """The trunk's parameters in this group; given at an optimizer's first step only."""
+
+
+def make_optimizer(
+    name: str, groups: Sequence[Group], parameters: Mapping[str, nn.Parameter]
+) -> torch.optim.Optimizer:
+    """Return an optimizer of the table over a trunk's parameters.
+
+    Raises:
+        Refused: If the optimizer is not in the table, its groups do not name each parameter once,
+            or it refuses its settings.
+    """
+    if name not in OPTIMIZERS:
+        raise Refused(f"optimizer '{name}' is unknown: one of {', '.join(OPTIMIZERS)}")
+    named = [parameter for group in groups for parameter in group.names]
+    if sorted(named) != sorted(parameters):
+        raise Refused(
+            f"the optimizer's groups name {len(named)} parameters and the trunk trains "
+            f"{len(parameters)}: each must be in exactly one group"
+        )
+    try:
+        return OPTIMIZERS[name](
+            [
+                {
+                    "params": [parameters[n] for n in group.names],
+                    **group.numbers,
+                    **group.flags,
+                    **({"betas": group.betas} if group.betas else {}),
+                }
+                for group in groups
+            ]
+        )
+    except (TypeError, ValueError) as error:
+        raise Refused(f"optimizer {name} refuses its settings: {error}") from None

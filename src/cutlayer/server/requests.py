@@ -4,15 +4,18 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from cutlayer.errors import CutlayerError, ProtocolError, Refused
+from cutlayer.server.optimizers import Group
 from cutlayer.split.entry import CARRIED
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.tensors import refuse_not_finite
 
-__all__ = ["checked_forward", "told_of"]
+__all__ = ["checked_forward", "checked_groups", "told_of"]
 
 
 def checked_forward(
@@ -53,6 +56,21 @@ def _positions(wanted_N: Tensor | None, smashed_BTD: Tensor) -> Tensor | None:
     if int(wanted_N.min()) < 0 or int(wanted_N.max()) >= positions:
         raise ProtocolError(f"a position was asked for that is none of the batch's {positions}")
     return wanted_N
+
+
+def checked_groups(asked: pb.OptimStep) -> list[Group]:
+    """Return the parameter groups of an optimizer's step.
+
+    Raises:
+        ProtocolError: If a number is NaN or infinite.
+    """
+    groups = [
+        Group(dict(g.numbers), dict(g.flags), tuple(g.betas), tuple(g.names)) for g in asked.groups
+    ]
+    numbers = [asked.clip_factor, *(n for g in groups for n in (*g.numbers.values(), *g.betas))]
+    if not all(map(math.isfinite, numbers)):
+        raise ProtocolError("a number of the optimizer step is not finite")
+    return groups
 
 
 def told_of(error: Exception) -> tuple[str, str]:

@@ -214,8 +214,14 @@ class _Stream:
                 work = functools.partial(self._answer, message, arrived_s)
                 # No other verb has the flag: of them it is false.
                 begins = message.head.forward.keep_graph
-                last = self._sessions.on_trunk(work, self._session.tenant, begins=begins)
-                del frame, message, work
+                fuser = self._sessions.fuser
+                joint = None
+                if fuser is not None:
+                    joint = fuser.joint_of(self._session, message, self._is_current)
+                last = self._sessions.on_trunk(
+                    work, self._session.tenant, begins=begins, joint=joint
+                )
+                del frame, message, work, joint
         except ProtocolError as error:
             self._outgoing.put((_failure(error), []))
         except Exception:  # the stream broke: gRPC raises its own, the pool may be shut down
@@ -225,9 +231,12 @@ class _Stream:
         else:
             self._outgoing.put(None)
 
+    def _is_current(self) -> bool:
+        return self._session.stream == self._number
+
     def _answer(self, message: Message, arrived_s: float) -> None:
         session = self._session
-        if session.stream != self._number:
+        if not self._is_current():
             return  # the client has come back on another stream, and says there what it asks
         done_before = message.head.sequence <= session.last_sequence
         reply = session.answer(message, arrived_s)

@@ -23,7 +23,7 @@ from cutlayer.server.access import Limits
 from cutlayer.server.memory import Memory
 from cutlayer.server.optimizers import Group
 from cutlayer.server.quotas import Desk
-from cutlayer.server.requests import checked_forward, told_of
+from cutlayer.server.requests import checked_forward, checked_groups, told_of
 from cutlayer.server.rows import RunRows, check_rows
 from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
@@ -56,6 +56,7 @@ class Session:
         statics: What codecs know of the tensors that are named, from the client's `Calibrate`.
         memory: What this session uses, for its tenant's quotas.
         rows: What is kept of this run for send-once, if it was opened so.
+        ahead_s: Seconds that were spent ahead on the request that is done now.
     """
 
     identifier: str
@@ -80,6 +81,7 @@ class Session:
     saved_bytes: int = 0
     rows: RunRows | None = None
     statics: dict[str, Statics] = field(default_factory=dict)
+    ahead_s: float = 0.0
 
     def __post_init__(self) -> None:
         self.memory = Memory(self.trunk)
@@ -114,7 +116,7 @@ class Session:
         if asked.sequence <= self.last_sequence:
             return self._answered_before(asked.sequence)
         self._forget(asked.received)
-        if fault := self._out_of_order(asked):
+        if fault := self.out_of_order(asked):
             # It does not count, so nothing of it is kept either.
             failure = pb.Failure(code=ProtocolError.code, message=fault)
             return pb.Head(sequence=asked.sequence, failure=failure), []
@@ -137,8 +139,9 @@ class Session:
             head.failure.code, head.failure.message = told_of(error)
             return self._remember(head, [])
         parts = self._attached(head, tensors)
-        head.done.compute_s = time.monotonic() - started_s  # reading and writing tensors is in it
-        head.done.queue_s = started_s - arrived_s
+        # Reading and writing tensors is in it, and its part of what was computed ahead of it.
+        head.done.compute_s = time.monotonic() - started_s + self.ahead_s
+        head.done.queue_s = started_s - arrived_s - self.ahead_s
         head.done.durable = self.durable
         if self.rows is not None:
             head.done.not_kept.extend(self.rows.take_not_kept())
@@ -169,7 +172,7 @@ class Session:
         )
         return pb.Head(sequence=sequence, failure=failure), []
 
-    def _out_of_order(self, asked: pb.Head) -> str:
+    def out_of_order(self, asked: pb.Head) -> str:
         """Return why a request cannot be the next one; nothing if it can."""
         if asked.follows != self.last_sequence:
             return (
@@ -263,13 +266,7 @@ class Session:
 
     def _do_optim_step(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
         asked = head.optim_step
-        groups = [
-            Group(dict(g.numbers), dict(g.flags), tuple(g.betas), tuple(g.names))
-            for g in asked.groups
-        ]
-        numbers = [asked.clip_factor, *(n for g in groups for n in (*g.numbers.values(), *g.betas))]
-        if not all(map(math.isfinite, numbers)):
-            raise ProtocolError("a number of the optimizer step is not finite")
+        groups = checked_groups(asked)
         if any(group.names for group in groups):
             self.settings["optimizer"] = asked.optimizer
             self.settings["groups"] = [

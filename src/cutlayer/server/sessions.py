@@ -20,6 +20,7 @@ from typing import Any
 from cutlayer.errors import CutlayerError, Refused
 from cutlayer.server.access import Limits
 from cutlayer.server.database import Journal
+from cutlayer.server.fusing import Fuser
 from cutlayer.server.lora import lora_of
 from cutlayer.server.names import is_plain_name
 from cutlayer.server.optimizers import OPTIMIZERS
@@ -30,7 +31,7 @@ from cutlayer.server.session_table import Entry, SessionTable
 from cutlayer.server.store import State, Store
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
-from cutlayer.server.worker import Stopped, TrunkThread, give_memory_back
+from cutlayer.server.worker import Joint, Stopped, TrunkThread, give_memory_back
 from cutlayer.split.cut import Cut
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
@@ -57,6 +58,7 @@ class Sessions:
         watch: Watch | None = None,
         desk: Desk | None = None,
         row_ttl_s: float = 0.0,
+        fuse_tokens: int = 0,
     ) -> None:
         self.watch = watch or Watch()
         self.desk = desk or Desk()
@@ -70,7 +72,8 @@ class Sessions:
         self._journal = Journal(store.root)
         self._table = SessionTable(self._journal)
         self._open: dict[str, Session] = {}
-        self._thread = TrunkThread(self._holders)
+        self.fuser = Fuser(fuse_tokens, self.in_memory) if fuse_tokens else None
+        self._thread = TrunkThread(self._holders, together=self.fuser)
         self._marks = ThreadPoolExecutor(1, thread_name_prefix="marks")
         self._marking: set[str] = set()
         self._mark_lock = threading.RLock()
@@ -291,6 +294,7 @@ class Sessions:
         session = self._open.pop(identifier, None)
         if session is not None:
             session.stream += 1  # what its stream has queued is not done any more
+            session.trunk.discard_all()
             if session.hang_up is not None:
                 session.hang_up()
 
@@ -357,10 +361,15 @@ class Sessions:
             self._rows.drop(tenant, run)
 
     def on_trunk(
-        self, work: Callable[[], Any], tenant: str = "", *, begins: bool = False
+        self,
+        work: Callable[[], Any],
+        tenant: str = "",
+        *,
+        begins: bool = False,
+        joint: Joint | None = None,
     ) -> Future[Any]:
         """Have the trunk's thread do something in a tenant's turn; `begins` leaves a graph."""
-        return self._thread.submit(work, tenant, begins=begins)
+        return self._thread.submit(work, tenant, begins=begins, joint=joint)
 
     def stop(self) -> None:
         """Finish what was handed in, mark where each session stands, and stop.

@@ -13,23 +13,28 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING, Any
 
 import torch
 from peft import PeftModel, set_peft_model_state_dict
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from peft.tuners.lora import LoraLayer
+from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cutlayer.errors import ConfigError, ProtocolError, Refused
 from cutlayer.server.gradients import Gradients
-from cutlayer.server.optimizers import OPTIMIZERS, Group
+from cutlayer.server.kept import Graph, Kept, checkpointed
+from cutlayer.server.optimizers import Group, make_optimizer
 from cutlayer.split.adapters import ADAPTER, TrunkLora, adapter_state, seed_adapter, trunk_config
 from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
 
-__all__ = ["SharedTrunk", "TenantTrunk"]
+if TYPE_CHECKING:
+    from cutlayer.server.fused_batch import Share
+
+__all__ = ["SharedTrunk", "TenantTrunk", "picked"]
 
 
 @dataclass(frozen=True)
@@ -70,14 +75,6 @@ class SharedTrunk:
 
 
 @dataclass
-class _Kept:
-    """What a forward leaves for its backward."""
-
-    smashed_BTD: Tensor
-    out_BTD: Tensor
-
-
-@dataclass
 class _CacheSlot:
     cache: DynamicCache
     past_tokens: int = 0
@@ -90,6 +87,7 @@ class TenantTrunk:
     Attributes:
         parameters: The trainable parameters, by their name in the unsplit PeftModel.
         gradients: Their gradients, and those that wait for their commit.
+        ahead: What was computed together with other tenants' for forwards that are done next.
     """
 
     model: PreTrainedModel
@@ -99,7 +97,8 @@ class TenantTrunk:
     gradient_checkpointing: bool = False
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0
-    _kept: dict[int, _Kept] = field(default_factory=dict)
+    ahead: dict[int, Share] = field(default_factory=dict)
+    _kept: dict[int, Kept] = field(default_factory=dict)
     _caches: dict[int, _CacheSlot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -118,12 +117,29 @@ class TenantTrunk:
         self._trunk = Trunk(self.model, self.anatomy, self.cut)
         if self.gradient_checkpointing:
             for layer in list(self.anatomy.layers(self.model))[self.cut.lower : self.cut.upper]:
-                layer.__dict__["forward"] = functools.partial(_checkpointed, layer)
+                layer.__dict__["forward"] = functools.partial(checkpointed, layer)
 
     @property
-    def kept(self) -> set[int]:
+    def device(self) -> torch.device:
+        """Where the trunk is."""
+        return next(self.model.parameters()).device
+
+    @property
+    def kept(self) -> dict[int, Kept]:
         """The forwards that have a graph."""
-        return set(self._kept)
+        return dict(self._kept)
+
+    @functools.cached_property
+    def loras(self) -> list[LoraLayer]:
+        """The layers that carry this tenant's LoRA, in the tree's order."""
+        modules = self.peft.modules() if self.peft is not None else ()
+        return [module for module in modules if isinstance(module, LoraLayer)]
+
+    @functools.cached_property
+    def likeness(self) -> str:
+        """What two tenants' trunks have in common that differ in nothing but LoRA's numbers."""
+        told = repr((self.cut, replace(self.lora, seed=0), self.gradient_checkpointing))
+        return hashlib.sha256(told.encode()).hexdigest()
 
     @property
     def caches(self) -> list[DynamicCache]:
@@ -184,33 +200,59 @@ class TenantTrunk:
         Raises:
             Refused: If the cache is not as the client believes it is.
         """
-        device = next(self.model.parameters()).device
-        smashed_BTD = smashed_BTD.to(device)
-        carried = {name: tensor.to(device) for name, tensor in carried.items()}
-        if self.model.training != training:
-            self.model.train(training)
+        if sequence in self.ahead:
+            self._kept[sequence] = self.ahead.pop(sequence)
+            return self._kept[sequence].out_BTD.detach()
+        smashed_BTD = smashed_BTD.to(self.device)
         if keep_graph and wants_gradient:
             smashed_BTD.requires_grad_(True)
         # Layers that are computed again must not extend a cache twice.
         cached = cache and not (keep_graph and self.gradient_checkpointing)
         slot = self._slot(cache, past_tokens, cache_rows) if cached else None
         with (
-            torch.set_grad_enabled(keep_graph),
-            torch.random.fork_rng(enabled=training, devices=_devices(device)),
-            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+            torch.random.fork_rng(enabled=training, devices=_devices(self.device)),
             self._adapter_off() if adapter_disabled else contextlib.nullcontext(),
         ):
             if training:
                 torch.manual_seed(seed)
-            out_BTD = self._trunk(smashed_BTD, carried, cache=slot.cache if slot else None)
-            if wanted_N is not None:
-                out_BTD = out_BTD.flatten(0, 1)[wanted_N.to(device)][None]
+            out_BTD = self.run(
+                smashed_BTD,
+                carried,
+                training=training,
+                keep_graph=keep_graph,
+                autocast=autocast,
+                cache=slot.cache if slot else None,
+                wanted_N=wanted_N,
+            )
         if slot:
             slot.past_tokens += smashed_BTD.shape[1]
         if keep_graph:
-            self._kept[sequence] = _Kept(smashed_BTD, out_BTD)
+            self._kept[sequence] = Graph(smashed_BTD, out_BTD)
             self.drop_cache(cache)  # no one goes on from a training forward
         return out_BTD.detach()
+
+    def run(
+        self,
+        smashed_BTD: Tensor,
+        carried: Mapping[str, Tensor],
+        *,
+        training: bool,
+        keep_graph: bool = True,
+        autocast: torch.dtype | None = None,
+        cache: DynamicCache | None = None,
+        wanted_N: Tensor | None = None,
+    ) -> Tensor:
+        """Return the layers' output with its graph; nothing is kept and nothing is seeded."""
+        device = self.device
+        if self.model.training != training:
+            self.model.train(training)
+        with (
+            torch.set_grad_enabled(keep_graph),
+            torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+        ):
+            there = {name: tensor.to(device) for name, tensor in carried.items()}
+            out_BTD = self._trunk(smashed_BTD, there, cache=cache)
+            return out_BTD if wanted_N is None else picked(out_BTD, wanted_N)
 
     def _adapter_off(self) -> Any:
         return self.peft.disable_adapter() if self.peft is not None else contextlib.nullcontext()
@@ -241,15 +283,15 @@ class TenantTrunk:
                 f"gradient of shape {tuple(grad_BTD.shape)} and {grad_BTD.dtype} came for an "
                 f"output of shape {tuple(out_BTD.shape)} and {out_BTD.dtype}"
             )
-        del self._kept[forward_sequence]
-        if out_BTD.requires_grad:
-            with self.gradients.accumulating(hold):
-                out_BTD.backward(grad_BTD.to(out_BTD.device))
-        return kept.smashed_BTD.grad
+        return self._kept.pop(forward_sequence).backward(self, grad_BTD, hold)
 
     def discard(self, forward_sequence: int) -> None:
         """Free the graph of a forward that will have no backward."""
         self._kept.pop(forward_sequence, None)
+
+    def discard_all(self) -> None:
+        """Free all graphs; those that wait for this tenant do so no longer."""
+        self._kept.clear()
 
     # ------------------------------------------------------------------ KV caches
 
@@ -285,7 +327,7 @@ class TenantTrunk:
             Refused: If the optimizer or its settings are not those of the table.
         """
         if self.optimizer is None or any(group.names for group in groups):
-            self.optimizer = self._make_optimizer(optimizer, groups)
+            self.optimizer = make_optimizer(optimizer, groups, self.parameters)
         for group, given in zip(self.optimizer.param_groups, groups, strict=True):
             group.update(given.numbers)
             if given.betas:
@@ -295,31 +337,6 @@ class TenantTrunk:
         self.optimizer.step()
         self.gradients.zero()
         self.step = step
-
-    def _make_optimizer(self, name: str, groups: Sequence[Group]) -> torch.optim.Optimizer:
-        if name not in OPTIMIZERS:
-            raise Refused(f"optimizer '{name}' is unknown: one of {', '.join(OPTIMIZERS)}")
-        mine = self.parameters
-        named = [parameter for group in groups for parameter in group.names]
-        if sorted(named) != sorted(mine):
-            raise Refused(
-                f"the optimizer's groups name {len(named)} parameters and the trunk trains "
-                f"{len(mine)}: each must be in exactly one group"
-            )
-        try:
-            return OPTIMIZERS[name](
-                [
-                    {
-                        "params": [mine[n] for n in group.names],
-                        **group.numbers,
-                        **group.flags,
-                        **({"betas": group.betas} if group.betas else {}),
-                    }
-                    for group in groups
-                ]
-            )
-        except (TypeError, ValueError) as error:
-            raise Refused(f"optimizer {name} refuses its settings: {error}") from None
 
     def optimizer_tensors(self) -> dict[str, Tensor]:
         """Return the optimizer's state as `parameter|key` to tensor."""
@@ -339,7 +356,7 @@ class TenantTrunk:
         Raises:
             Refused: If the optimizer or its settings are not those of the table.
         """
-        self.optimizer = self._make_optimizer(name, groups)
+        self.optimizer = make_optimizer(name, groups, self.parameters)
         mine = self.parameters
         for key, tensor in tensors.items():
             parameter, _, slot = key.partition("|")
@@ -369,12 +386,10 @@ class TenantTrunk:
         set_peft_model_state_dict(self.peft, dict(state), adapter_name=ADAPTER)
 
 
+def picked(out_BTD: Tensor, wanted_N: Tensor) -> Tensor:
+    """Return the output at some positions, counted row after row, (1, N, D)."""
+    return out_BTD.flatten(0, 1)[wanted_N.to(out_BTD.device)][None]
+
+
 def _devices(device: torch.device) -> list[torch.device]:
     return [] if device.type == "cpu" else [device]
-
-
-def _checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    forward = type(layer).forward.__get__(layer)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

@@ -7,15 +7,17 @@ import ctypes
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Hashable, Sequence
 from concurrent.futures import Future
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol
 
-__all__ = ["Stopped", "TrunkThread", "give_memory_back"]
+__all__ = ["Joint", "Stopped", "Together", "TrunkThread", "give_memory_back"]
 
 _IDLE_AFTER_S = 4.0
 _QUANTUM_S = 2.0
+_LEAST_PATIENCE, _MOST_PATIENCE = 1 / 64, 1 / 4
 
 
 _ALL_ARENAS_OF_JEMALLOC = b"arena.4096.purge"
@@ -40,10 +42,44 @@ class Stopped(RuntimeError):
 
 
 @dataclass(frozen=True)
+class Joint:
+    """What makes a piece of work one that can be done together with others' of the same key."""
+
+    key: Hashable
+    weight: int
+    """Its part of what they take together, in any unit."""
+    what: Any
+
+
+class Together(Protocol):
+    """Who does pieces of work together."""
+
+    def awaited(self, joint: Joint) -> Collection[str]:
+        """Return the tenants who may bring work of the same key soon."""
+
+    def ahead(self, joints: Sequence[Joint]) -> AbstractContextManager[list[float]]:
+        """Compute what they have in common; while open, each piece finds it done.
+
+        Gives the seconds that each has taken. It never fails.
+        """
+
+
+@dataclass(frozen=True)
 class _Work:
     do: Callable[[], Any]
     begins: bool
+    joint: Joint | None
     future: Future[Any] = field(default_factory=Future)
+
+
+@dataclass
+class _Gathering:
+    """Work of one key, while more of it is waited for."""
+
+    key: Hashable
+    at_first: int = 0
+    meanwhile: int = 0
+    has_waited: bool = False
 
 
 class TrunkThread:
@@ -58,19 +94,33 @@ class TrunkThread:
     graphs of all tenants are alive at once, in memory that each forward touches anew, which took
     a quarter of the time of 32 tenants (docs/log.md). What begins no graph waits for nothing but
     its clock.
+
+    Work with a `Joint` takes with it whatever waits at the head of other tenants' queues and has
+    the same key; each tenant's clock takes its part. If some are awaited who have not come, and
+    nobody else has work, it waits: for a quarter of what the last such work took at most, and
+    half as long each time that nobody came.
     """
 
     def __init__(
-        self, holders: Callable[[], Collection[str]] = tuple, *, quantum_s: float = _QUANTUM_S
+        self,
+        holders: Callable[[], Collection[str]] = tuple,
+        *,
+        quantum_s: float = _QUANTUM_S,
+        together: Together | None = None,
     ) -> None:
         """Start the thread.
 
         Args:
             holders: Gives the tenants that have graphs; asked by this thread only.
             quantum_s: How many seconds ahead of others a tenant may begin more graphs.
+            together: Does work that has a `Joint`; asked by this thread only.
         """
         self._holders = holders
         self._quantum_s = quantum_s
+        self._together = together
+        self._patience = _MOST_PATIENCE
+        self._last_took_s = 0.0
+        self._gathering: _Gathering | None = None
         self._waiting: dict[str, deque[_Work]] = {}
         self._clocks: dict[str, float] = {}
         self._now = 0.0
@@ -80,7 +130,12 @@ class TrunkThread:
         self._thread.start()
 
     def submit(
-        self, do: Callable[[], Any], tenant: str = "", *, begins: bool = False
+        self,
+        do: Callable[[], Any],
+        tenant: str = "",
+        *,
+        begins: bool = False,
+        joint: Joint | None = None,
     ) -> Future[Any]:
         """Have something done in this tenant's turn.
 
@@ -88,11 +143,12 @@ class TrunkThread:
             do: What.
             tenant: Whose it is.
             begins: Whether it leaves a graph behind, which other work of this tenant will free.
+            joint: With what others' work it may be done together.
 
         Raises:
             Stopped: If the thread was stopped.
         """
-        work = _Work(do, begins)
+        work = _Work(do, begins, joint if self._together else None)
         with self._changed:
             if self._stopped:
                 raise Stopped("the trunk's thread was stopped")
@@ -115,17 +171,53 @@ class TrunkThread:
             self._changed.notify()
         self._thread.join(deadline_s)
 
-    def _next(self, timeout_s: float | None) -> tuple[str, _Work] | None:
-        """Return what is to be done now, `None` if nothing came in time."""
+    def _next(self, timeout_s: float | None) -> list[tuple[str, _Work]]:
+        """Return what is to be done now, by whose it is; nothing if nothing came in time."""
         with self._changed:
             self._changed.wait_for(lambda: bool(self._waiting) or self._stopped, timeout_s)
             if not self._waiting:
-                return None
-            tenant = self._whose_turn()
-            work = self._waiting[tenant].popleft()
-            if not self._waiting[tenant]:
-                del self._waiting[tenant]
-            return tenant, work
+                return []
+            return [(tenant, self._taken(tenant)) for tenant in self._with_company()]
+
+    def _taken(self, tenant: str) -> _Work:
+        work = self._waiting[tenant].popleft()
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+        return work
+
+    def _with_company(self) -> list[str]:
+        """Return the tenants whose first work is to be done now, together if they are several."""
+        tenant = self._whose_turn()
+        joint = self._waiting[tenant][0].joint
+        if joint is None or self._together is None:
+            return [tenant]
+        if self._gathering is None or self._gathering.key != joint.key:
+            self._gathering = _Gathering(joint.key)
+        gathering, awaited = self._gathering, set(self._together.awaited(joint))
+        until_s = time.monotonic() + self._patience * self._last_took_s
+        while True:
+            alike = [t for t, queue in self._waiting.items() if _is_alike(queue[0].joint, joint)]
+            missing = awaited - set(alike)
+            # What comes before their part, such as an optimizer's step, is done meanwhile.
+            before = [t for t in missing & self._waiting.keys() if self._is_plain(t)]
+            if before and gathering.meanwhile < 4 * len(awaited):
+                gathering.meanwhile += 1
+                return [min(before, key=self._clocks.__getitem__)]
+            gathering.at_first = gathering.at_first or len(alike)
+            is_idle = self._waiting.keys() <= set(alike) and not self._stopped
+            left_s = until_s - time.monotonic()
+            if not missing or not is_idle or left_s <= 0:
+                break
+            gathering.has_waited = True
+            self._changed.wait(left_s)
+        if gathering.has_waited:
+            factor = 2.0 if len(alike) > gathering.at_first else 0.5
+            self._patience = min(max(self._patience * factor, _LEAST_PATIENCE), _MOST_PATIENCE)
+        self._gathering = None
+        return alike
+
+    def _is_plain(self, tenant: str) -> bool:
+        return self._waiting[tenant][0].joint is None and not self._begins(tenant)
 
     def _whose_turn(self) -> str:
         tenant = min(self._waiting, key=self._clocks.__getitem__)
@@ -146,22 +238,41 @@ class TrunkThread:
     def _run(self) -> None:
         is_tidy = True
         while True:
-            item = self._next(None if is_tidy else _IDLE_AFTER_S)
-            if item is None:
+            items = self._next(None if is_tidy else _IDLE_AFTER_S)
+            if not items:
                 if self._stopped:
                     return
                 # Not after every step: that would cost a sixth of the trunk's time.
                 give_memory_back()
                 is_tidy = True
                 continue
-            tenant, work = item
-            started_s = time.monotonic()
-            try:
-                work.future.set_result(work.do())
-            except BaseException as error:
-                work.future.set_exception(error)
-            with self._changed:
-                self._clocks[tenant] += time.monotonic() - started_s
+            self._do_all(items)
             # What was done must not live on in this frame while the thread waits.
-            del item, work
+            del items
             is_tidy = False
+
+    def _do_all(self, items: Sequence[tuple[str, _Work]]) -> None:
+        started_s = time.monotonic()
+        joints = [work.joint for _, work in items if work.joint is not None]
+        alone = len(items) == 1 and (not joints or items[0][1].begins)
+        if alone or self._together is None:
+            self._do(*items[0])
+        else:
+            with self._together.ahead(joints) as seconds:
+                for item, ahead_s in zip(items, seconds, strict=True):
+                    self._do(*item, ahead_s)
+        if joints:
+            self._last_took_s = time.monotonic() - started_s
+
+    def _do(self, tenant: str, work: _Work, ahead_s: float = 0.0) -> None:
+        started_s = time.monotonic()
+        try:
+            work.future.set_result(work.do())
+        except BaseException as error:
+            work.future.set_exception(error)
+        with self._changed:
+            self._clocks[tenant] += ahead_s + time.monotonic() - started_s
+
+
+def _is_alike(joint: Joint | None, other: Joint) -> bool:
+    return joint is not None and joint.key == other.key
