@@ -100,7 +100,8 @@ class Tenant:
         )
         step = pb.OptimStep(step=number, optimizer="AdamW", groups=[group], clip_factor=1.0)
         self.connection.request(pb.Head(optim_step=step)).wait()
-        self.done_tokens += self.in_flight * self.smashed_BTD.shape[1]
+        rows, tokens, _ = self.smashed_BTD.shape
+        self.done_tokens += self.in_flight * rows * tokens
         requests = 2 * self.in_flight + 1
         self.waits_s.append((self.connection.traffic.queued_s - queued_s) / requests)
 
@@ -111,6 +112,7 @@ class Window:
 
     tokens_per_s: float
     server_cpu_s_per_token: float
+    trunk_s_per_token: float
     trunk_s: list[float]
     waits_s: list[float]
 
@@ -141,7 +143,8 @@ def work_together(
     took_s, cpu_s = time.monotonic() - started_s, cpu_seconds(server.pid) - cpu_s
     tokens = sum(t.done_tokens - b[0] for t, b in zip(tenants, before, strict=True))
     waits = [w for t, b in zip(tenants, before, strict=True) for w in t.waits_s[b[2] :]]
-    return Window(tokens / took_s, cpu_s / tokens, busy, waits)
+    trunk_s = sum(t.connection.traffic.trunk_s - b[1] for t, b in zip(tenants, before, strict=True))
+    return Window(tokens / took_s, cpu_s / tokens, trunk_s / tokens, busy, waits)
 
 
 def jain(shares: Sequence[float]) -> float:
