@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import queue
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,8 @@ def test_a_late_mark_leaves_the_heirs_marks_alone(llama: Site):
         with llama.connect(run="late") as heir:
             Loop.over(heir).step(batch_of(2))
             new = sessions._open[heir.connection.session]
+            while new.trunk.step < 1:  # nobody waits for the answer to a step
+                time.sleep(0.01)
             on_trunk(lambda: sessions._write_mark(new, new.state()))
             home = sessions._store.root / "default" / "late"
             before = sorted(path.name for path in home.glob("mark-*"))
