@@ -154,3 +154,9 @@ def test_fewer_bytes_are_counted_on_the_wire(tmp_path: Path):
         figures["equal_loss.klt1_rotated1_ratio_steady"] < figures["equal_loss.int8_ratio_steady"]
     )
     assert figures["equal_loss.bf16_held_out"] < figures["equal_loss.untrained_held_out"]
+    once = "equal_loss.once_rotated4_rotated3_rotated3"
+    assert figures[f"{once}_ratio_steady"] < figures["equal_loss.int8_ratio_steady"] / 2
+    assert figures[f"{once}_ratio_steady"] < figures[f"{once}_ratio_at_demo_size"]
+    delta = "epochs.all_lr0.001_h2"
+    assert figures[f"{delta}_within_0_2"] < figures[f"{delta}_within_0.2_2"]
+    assert figures[f"{delta}_delta3_2_db"] < figures[f"{delta}_delta1_2_db"]

@@ -23,6 +23,8 @@ HOME = Path(__file__).resolve().parent
 sys.path.insert(0, str(HOME.parents[1]))
 
 import cutlayer  # noqa: E402
+from benchmarks.codecs.deltas import WAYS, held_out_through, ways_summed  # noqa: E402
+from benchmarks.codecs.epochs import changes_between_epochs  # noqa: E402
 from benchmarks.codecs.errors import causality_violations, errors_of, speeds  # noqa: E402
 from benchmarks.common import (  # noqa: E402
     ROOT,
@@ -72,9 +74,30 @@ CODECS: dict[str, str | dict[str, str]] = {
     "klt2_rotated1": by_departure("klt2", "klt2", "rotated1"),
     "klt2_rotated2": by_departure("klt2", "klt2", "rotated2"),
     "rotated2": by_departure("rotated2", "rotated2", "rotated2"),
+    "rotated3": by_departure("rotated3", "rotated3", "rotated3"),
     "rotated4": by_departure("rotated4", "rotated4", "rotated4"),
     "int8": "int8",
 }
+_ONCE = "once"
+CODECS |= {
+    "_".join([_ONCE, *names]): by_departure(*names)
+    for names in (
+        ("rotated4", "rotated3", "rotated3"),
+        ("rotated4", "rotated3", "rotated2"),
+        ("rotated4", "klt2", "rotated3"),
+        ("rotated4", "klt2", "rotated2"),
+        ("rotated3", "rotated3", "rotated2"),
+        ("rotated3", "klt2", "rotated3"),
+        ("klt2", "rotated3", "rotated2"),
+        ("klt2", "klt2", "rotated3"),
+        ("rotated4", "rotated4", "rotated4"),
+        ("rotated4", "rotated6", "rotated4"),
+        ("rotated4", "rotated6", "rotated3"),
+        ("klt2", "rotated6", "rotated4"),
+        ("rotated6", "rotated6", "rotated6"),
+    )
+}
+"""Where a name begins with `once`, a row's activations go up in its first epoch only."""
 
 
 @dataclass(frozen=True)
@@ -144,6 +167,7 @@ class Runs:
                     top_layers=setting.top_layers,
                     passive=True,
                     dtype=self.dtype,
+                    send_once_ttl_s=86400,
                 )
             )
         whole = AutoModelForCausalLM.from_pretrained(
@@ -158,7 +182,7 @@ class Runs:
             r=8, lora_alpha=16, target_modules=["q_proj", "v_proj"], task_type="CAUSAL_LM"
         )
 
-    def connect(self, setting: Setting, codec: Any, seed: int) -> Any:
+    def connect(self, setting: Setting, name: str, seed: int) -> Any:
         """Return the split model of a run."""
         return cutlayer.connect(
             self.workload.model,
@@ -169,7 +193,8 @@ class Runs:
             bottom_layers=2,
             top_layers=setting.top_layers,
             dtype=self.dtype,
-            codec=codec,
+            codec=CODECS[name],
+            send_once=name.startswith(_ONCE),
             peft_config=self.lora(),
             train=("trunk",),
             lean_head=setting.loss_share < 1,
@@ -187,16 +212,16 @@ class Runs:
                 total += float(self.unsplit(**self.task.batch(row_T[None], share)).loss)
         return total / len(self.task.held_RT)
 
-    def train(self, setting: Setting, codec: Any, seed: int) -> dict[str, float]:
+    def train(self, setting: Setting, name: str, seed: int) -> dict[str, float]:
         """Train a run and return its held-out loss and the bytes that crossed the wire."""
         began_s = time.perf_counter()
-        with self.connect(setting, codec, seed) as split:
+        with self.connect(setting, name, seed) as split:
             trained = [p for p in split.parameters() if p.requires_grad]
             optimizer = torch.optim.AdamW([{"params": trained}], lr=self.plan.lr)
             clip = cutlayer.attach(optimizer, split).clip_grad_norm_
             split.train()
             traffic = split.connection.traffic
-            losses, at_step = [], []
+            losses, at_step, rows_sent = [], [], []
             for batch in self.task.epochs(self.plan, setting.loss_share, seed):
                 loss = split(**batch, use_cache=False).loss
                 loss.backward()
@@ -205,7 +230,8 @@ class Runs:
                 optimizer.zero_grad()
                 # Requests keep their order: with this answer all of the step's bytes are there.
                 split.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
-                losses.append(float(loss))
+                losses.append(float(loss.detach()))
+                rows_sent.append(split.by_rows.once.sent_bytes if split.by_rows else 0)
                 at_step.append(traffic.sent_bytes + traffic.received_bytes)
             statics = statics_as_tensors(split.connection.statics)
             adapter = split.whole_adapter()
@@ -213,20 +239,54 @@ class Runs:
         # At the end of a run statics are learnt; what the others took more is paid once.
         last = at_step[-steps // 3 :]
         steady = statistics.median(b - a for a, b in itertools.pairwise(last))
+        # Once statics are learnt, a step of the first epoch takes so much that comes once a row.
+        first = steps // self.plan.epochs
+        rows = rows_sent[first - 1] - rows_sent[first - 2]
         return {
             "held_out": self.held_out_loss(adapter, setting.loss_share),
             "train_loss_last": statistics.fmean(losses[-steps // 3 :]),
             "bytes_per_token": at_step[-1] / (steps * tokens),
             "steady_bytes_per_token": steady / tokens,
-            "once_bytes": at_step[-1] - steps * steady,
+            "rows_bytes_per_token": rows / tokens,
+            "once_bytes": at_step[-1] - steps * steady - first * rows,
             "statics_bytes": float(sum(tensor.nbytes for tensor in statics.values())),
             "seconds": time.perf_counter() - began_s,
         }
+
+    def changes(self) -> dict[str, float]:
+        """Return what activations do between epochs of the unsplit run."""
+        return changes_between_epochs(
+            self.workload.model,
+            self.task.train_RT,
+            epochs=self.plan.epochs,
+            batch=self.plan.batch,
+            rates=(self.plan.lr, self.plan.lr / 5)[: self.plan.seeds],
+            dtype=self.dtype,
+        )
+
+    def way(self, name: str, seed: int) -> dict[str, float]:
+        """Return the held-out loss of a run whose trunk's output comes down that way."""
+        return held_out_through(
+            WAYS[name],
+            self.workload.model,
+            self.task.train_RT,
+            self.task.held_RT,
+            epochs=self.plan.epochs,
+            batch=self.plan.batch,
+            rate=self.plan.lr,
+            seed=seed,
+            dtype=self.dtype,
+        )
 
 
 @contextmanager
 def _nothing() -> Iterator[None]:
     yield
+
+
+def is_wanted(key: str, args: Any) -> bool:
+    """Say whether a run belongs to the result: all do, or what was measured before."""
+    return not args.so_far or f'"key": "{key}"' in PARTIAL.read_text()
 
 
 def measured(key: str, args: Any, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
@@ -243,19 +303,50 @@ def measured(key: str, args: Any, measure: Callable[[], dict[str, float]]) -> di
     return figures
 
 
+def jobs_of(plan: Plan, quick: bool) -> list[tuple[Setting, str, int]]:
+    """Return what is trained, the most telling first."""
+    whole, instruct = SETTINGS
+    once = [name for name in CODECS if name.startswith(_ONCE)]
+    if quick:
+        names = ("bf16", "int8", "klt1_rotated1", once[0])
+        return [(whole, name, 0) for name in names] + [(instruct, "bf16", 0)]
+    order = (
+        (whole, ["bf16", "rotated4", "klt2_rotated2", "klt2_rotated1"]),
+        (instruct, ["bf16", "klt2_rotated2"]),
+        (whole, ["klt1_rotated1", "rotated2", "int8", "rotated3", *once]),
+        (instruct, ["rotated3", *once]),
+    )
+    return [
+        (setting, name, seed)
+        for seed in range(plan.seeds)
+        for setting, names in order
+        for name in names
+    ]
+
+
 def summed(
-    name: str, runs: list[dict[str, float]], base: list[dict[str, float]], width: int
+    name: str,
+    by_seed: dict[int, dict[str, float]],
+    base: dict[int, dict[str, float]],
+    *,
+    width: int,
+    epochs: int,
 ) -> Any:
     """Return the figures of a codec over its seeds, against those of bf16."""
-    plain = 8 * width
+    plain, runs = 8 * width, list(by_seed.values())
     steady = statistics.fmean(run["steady_bytes_per_token"] for run in runs)
     once = statistics.fmean(run["once_bytes"] for run in runs)
+    rows = statistics.fmean(run.get("rows_bytes_per_token", 0.0) for run in runs)
     found = statistics.fmean(run["held_out"] for run in runs)
-    pairs = [r["held_out"] / b["held_out"] - 1 for r, b in zip(runs, base, strict=False)]
+    pairs = [
+        run["held_out"] / base[seed]["held_out"] - 1
+        for seed, run in by_seed.items()
+        if seed in base
+    ]
     return {
         f"{name}_ratio": statistics.fmean(run["bytes_per_token"] for run in runs) / plain,
         f"{name}_ratio_steady": steady / plain,
-        f"{name}_ratio_at_demo_size": (steady + once / DEMO_TOKENS) / plain,
+        f"{name}_ratio_at_demo_size": (steady + rows / epochs + once / DEMO_TOKENS) / plain,
         f"{name}_held_out": found,
         f"{name}_held_out_min": min(run["held_out"] for run in runs),
         f"{name}_held_out_max": max(run["held_out"] for run in runs),
@@ -271,6 +362,7 @@ def main() -> None:
     """Train with each codec, and measure each one's error and speed."""
     parser = parser_of(__doc__)
     parser.add_argument("--so-far", action="store_true", help="write what was measured before")
+    parser.add_argument("--only", nargs="+", help="measure these, each 'SETTING CODEC SEED'")
     args = parser.parse_args()
     plan = QUICK if args.quick else FULL
     torch.set_num_threads(1)
@@ -278,27 +370,19 @@ def main() -> None:
     with ExitStack() as stack:
         runs = Runs(stack, args, plan)
         width = runs.workload.width
-        jobs = [
-            (setting, name, seed)
-            for seed in range(plan.seeds)
-            for setting, names in (
-                (SETTINGS[0], ["bf16", "rotated4", "klt2_rotated2", "klt2_rotated1"]),
-                (SETTINGS[1], ["bf16", "klt2_rotated2"]),
-                (SETTINGS[0], ["klt1_rotated1", "rotated2", "int8"]),
-            )
-            for name in names
-        ]
-        found: dict[tuple[str, str], list[dict[str, float]]] = {}
-        known = PARTIAL.read_text() if PARTIAL.exists() and args.so_far else ""
-        for setting, name, seed in jobs:
-            key = f"{setting.name} {name} {seed}"
-            if args.so_far and f'"{key}"' not in known:
+        found: dict[tuple[str, str], dict[int, dict[str, float]]] = {}
+        jobs = {f"{job[0].name} {job[1]} {job[2]}": job for job in jobs_of(plan, args.quick)}
+        for key in args.only or jobs:
+            setting, name, seed = jobs[key]
+            if not is_wanted(key, args):
                 continue
-            one = measured(key, args, lambda s=setting, n=name, d=seed: runs.train(s, CODECS[n], d))
-            found.setdefault((setting.name, name), []).append(one)
-        for (setting, name), results in found.items():
+            one = measured(key, args, lambda s=setting, n=name, d=seed: runs.train(s, n, d))
+            found.setdefault((setting.name, name), {})[seed] = one
+        if args.only:
+            return
+        for (setting, name), by_seed in found.items():
             base = found[setting, "bf16"]
-            figures |= summed(f"{setting}.{name}", results, base, width)
+            figures |= summed(f"{setting}.{name}", by_seed, base, width=width, epochs=plan.epochs)
         for setting in SETTINGS:
             figures[f"{setting.name}.untrained_held_out"] = measured(
                 f"{setting.name} untrained",
@@ -309,9 +393,21 @@ def main() -> None:
         figures |= measured(
             "errors", args, lambda: errors_of(runs.workload.model, rows_BT, runs.task.held_RT[:12])
         )
+        figures |= measured("epochs", args, runs.changes)
+        figures |= ways_summed(
+            {
+                name: [
+                    measured(f"way {name} {seed}", args, lambda n=name, d=seed: runs.way(n, d))
+                    for seed in range(plan.seeds)
+                    if is_wanted(f"way {name} {seed}", args)
+                ]
+                for name in (["plain", "delta1"] if args.quick else WAYS)
+            }
+        )
         settings = settings_of(runs.workload, args, plan=asdict(plan), compute_dtype=runs.dtype)
-    figures |= speeds(tokens=256 if args.quick else 4096, width=576)
-    figures["gb_per_s"] = figures["speed.rotated4_both_gb_s"]
+    if not args.so_far:
+        figures |= speeds(tokens=256 if args.quick else 4096, width=576)
+        figures["gb_per_s"] = figures["speed.rotated4_both_gb_s"]
     figures["causality_violations"] = float(causality_violations())
     best = {}
     for setting in SETTINGS:
@@ -326,7 +422,7 @@ def main() -> None:
         best[setting.name] = equal[min(equal)]
     settings |= {
         "bytes": "all that crossed the stream both ways: heads, norms, masks, optimizer steps too",
-        "cut_1": "uploaded in every epoch: no cache of the server's was used",
+        "cut_1": "uploaded in every epoch, but for codecs whose name begins with 'once'",
         "bytes_ratio_is_of": best,
         "demo_tokens": DEMO_TOKENS,
         "lora": {"rank": 8, "target_modules": ["q_proj", "v_proj"], "parts": ["trunk"]},
