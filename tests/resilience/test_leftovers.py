@@ -11,14 +11,18 @@ from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from cutlayer.client.savepoints import RECORD
-from cutlayer.errors import ProtocolError, StorageError
+from cutlayer.errors import ProtocolError, Refused, StorageError
 from cutlayer.server.store import State, Store
 from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.codecs import CODECS, Raw
 from cutlayer.wire.frames import Assembler, frames_of
+from cutlayer.wire.statics import Statics
 from tests.equivalence.test_trl import trainer_of
 from tests.site import Loop, Site, batch_of
+from tests.tiny import HIDDEN
 
 
 def state_of(step: int) -> State:
@@ -55,6 +59,35 @@ def test_an_unreadable_reply_fails_who_waits_for_it(llama: Site):
     with pytest.raises(ProtocolError):
         connection.request(pb.Head(zero_grad=pb.ZeroGrad()))
     split.close()
+
+
+class _Failing(Raw):
+    """A codec for which the memory does not suffice."""
+
+    def encode(self, tensor: Tensor, statics: Statics | None = None) -> Tensor:
+        """Find no memory."""
+        raise torch.OutOfMemoryError("no room for what is sent")
+
+
+def test_a_reply_that_cannot_be_written_fails_its_request_alone(
+    llama: Site, monkeypatch: pytest.MonkeyPatch
+):
+    """Who waits is told why, no graph stays behind, and the next request is done."""
+    with llama.connect(run="unwritten", codec={"activations_down": "bf16"}) as split:
+        connection = split.connection
+        smashed = {"smashed": torch.ones(1, 2, HIDDEN)}
+        asked = pb.Forward(keep_graph=True)
+        with monkeypatch.context() as patch:
+            patch.setitem(CODECS, "bf16", _Failing())
+            pending = connection.request(pb.Head(forward=asked), smashed)
+            with pytest.raises(Refused, match="has not the memory"):
+                pending.future.result(timeout=60)
+        (session,) = [s for s in llama.server.sessions.in_memory() if s.run == "unwritten"]
+        graphs = session.trunk.pending
+        out = connection.request(pb.Head(forward=asked), smashed).wait()["trunk_out"]
+
+    assert graphs == 0
+    assert out.shape == (1, 2, HIDDEN)
 
 
 def test_a_mark_that_a_kill_left_gives_way_to_the_next_of_its_number(tmp_path: Path):

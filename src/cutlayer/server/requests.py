@@ -15,7 +15,7 @@ from cutlayer.split.entry import CARRIED
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.tensors import refuse_not_finite
 
-__all__ = ["checked_forward", "checked_groups", "told_of"]
+__all__ = ["checked_forward", "checked_groups", "failed"]
 
 
 def checked_forward(
@@ -73,13 +73,17 @@ def checked_groups(asked: pb.OptimStep) -> list[Group]:
     return groups
 
 
-def told_of(error: Exception) -> tuple[str, str]:
-    """Return code and words for an error of the model's own."""
+def failed(sequence: int, error: Exception) -> pb.Head:
+    """Return the reply that tells of an error; of one that is not ours, only its kind."""
+    code, words = (error.code, str(error)) if isinstance(error, CutlayerError) else _told_of(error)
+    return pb.Head(sequence=sequence, failure=pb.Failure(code=code, message=words))
+
+
+def _told_of(error: Exception) -> tuple[str, str]:
     # torch tells of a lack of memory on a CPU with a RuntimeError like any other.
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate" in str(error):
         return Refused.code, (
-            "the server has not the memory for this batch, and nothing of it was computed: send "
-            "smaller batches or more chunks"
+            "the server has not the memory for this batch: send smaller batches or more chunks"
         )
     return CutlayerError.code, (
         f"the trunk failed on this request ({type(error).__name__}): the server's log has the cause"

@@ -23,7 +23,7 @@ from cutlayer.server.access import Limits
 from cutlayer.server.memory import Memory
 from cutlayer.server.optimizers import Group
 from cutlayer.server.quotas import Desk
-from cutlayer.server.requests import checked_forward, checked_groups, told_of
+from cutlayer.server.requests import checked_forward, checked_groups, failed
 from cutlayer.server.rows import RunRows, check_rows
 from cutlayer.server.shelf import held_bytes
 from cutlayer.server.store import State, Store
@@ -118,27 +118,23 @@ class Session:
         self._forget(asked.received)
         if fault := self.out_of_order(asked):
             # It does not count, so nothing of it is kept either.
-            failure = pb.Failure(code=ProtocolError.code, message=fault)
-            return pb.Head(sequence=asked.sequence, failure=failure), []
-        limit = self.limits.max_message_bytes
-        missing = self.rows.missing(asked, limit) if self.rows is not None else None
-        if missing is not None:
-            # It does not count: it comes again with these rows, on a new stream, and so does what
-            # was sent after it.
-            self.stream, self.hang_up = self.stream + 1, None
-            return pb.Head(missing=missing), []
+            return failed(asked.sequence, ProtocolError(fault)), []
         self.last_sequence = asked.sequence
         head = pb.Head(sequence=asked.sequence)
         try:
-            tensors = self._do(message)
-        except CutlayerError as error:
-            head.failure.code, head.failure.message = error.code, str(error)
-            return self._remember(head, [])
+            if (missing := self._missing(asked)) is not None:
+                # It does not count: it comes again with these rows, on a new stream, and so does
+                # what was sent after it.
+                self.last_sequence = asked.follows
+                self.stream, self.hang_up = self.stream + 1, None
+                return pb.Head(missing=missing), []
+            parts = self._attached(head, self._do(message))
         except Exception as error:  # a model's own forward may raise anything
-            log.exception("session of tenant %s: request failed", self.tenant)
-            head.failure.code, head.failure.message = told_of(error)
-            return self._remember(head, [])
-        parts = self._attached(head, tensors)
+            if not isinstance(error, CutlayerError):
+                log.exception("session of tenant %s: request failed", self.tenant)
+            # The client has no output to go on from, so nobody would ever free the graph.
+            self.trunk.discard(asked.sequence)
+            return self._remember(failed(asked.sequence, error), [])
         # Reading and writing tensors is in it, and its part of what was computed ahead of it.
         head.done.compute_s = time.monotonic() - started_s + self.ahead_s
         head.done.queue_s = started_s - arrived_s - self.ahead_s
@@ -146,6 +142,10 @@ class Session:
         if self.rows is not None:
             head.done.not_kept.extend(self.rows.take_not_kept())
         return self._remember(head, parts)
+
+    def _missing(self, asked: pb.Head) -> pb.Missing | None:
+        limit = self.limits.max_message_bytes
+        return self.rows.missing(asked, limit) if self.rows is not None else None
 
     def _attached(self, head: pb.Head, tensors: dict[str, Tensor]) -> list[memoryview]:
         codecs = {
@@ -166,11 +166,8 @@ class Session:
     def _answered_before(self, sequence: int) -> Reply:
         if sequence in self.replies:
             return self.replies[sequence]
-        failure = pb.Failure(
-            code=ProtocolError.code,
-            message=f"request {sequence} was done before and its reply is not kept any more",
-        )
-        return pb.Head(sequence=sequence, failure=failure), []
+        fault = f"request {sequence} was done before and its reply is not kept any more"
+        return failed(sequence, ProtocolError(fault)), []
 
     def out_of_order(self, asked: pb.Head) -> str:
         """Return why a request cannot be the next one; nothing if it can."""
