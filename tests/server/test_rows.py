@@ -14,6 +14,7 @@ from cutlayer.cli.main import main
 from cutlayer.errors import NotFinite, ProtocolError, Refused
 from cutlayer.server.rows import RowStore
 from cutlayer.wire import cutlayer_pb2 as pb
+from cutlayer.wire.frames import Message
 from cutlayer.wire.rows import add_row, opened, records_in, rows_that_came, sealed, unpacked
 from cutlayer.wire.tensors import attach_tensors, read_tensors
 from tests.equivalence.test_send_once import FROZEN
@@ -150,6 +151,33 @@ def test_a_run_that_ends_leaves_no_row(keeping: Site, tmp_path: Path):
     with pytest.raises(KeyError), keeping.connect(run="two", train=FROZEN):
         raise KeyError
     assert rows_in(tmp_path) == []
+
+
+@pytest.mark.parametrize("brings_one", [False, True])
+def test_rows_count_as_what_they_become(tmp_path: Path, brings_one: bool):
+    """However small on the disk, stored rows and those that come fit into one message or fail."""
+    store = RowStore(tmp_path, 1000.0)
+    rows = store.of("ward", "run", NAME)
+    assert rows is not None
+    rows.take_key(KEY)
+    row_TD = torch.randn(1, 4, 256, dtype=torch.float64)
+    head = pb.Head(keep_rows=pb.KeepRows(rows=[ROW], row_tokens=4))
+    parts = attach_tensors(head, {"smashed/0": row_TD}, codecs={"smashed/0": "rotated1"})
+    packed = memoryview(bytearray(b"".join(parts)))
+    rows.keep_those_in(Message(head, packed))
+
+    def joined(times: int) -> Any:
+        asked = pb.Head(forward=pb.Forward(rows=[ROW] * times, row_tokens=4))
+        came = {f"smashed/{times - 1}": row_TD} if brings_one else {}
+        attach_tensors(asked, came)
+        assert rows.missing(asked, 8 * row_TD.nbytes) is None
+        return rows.joined(asked, came, {})["smashed"].shape
+
+    assert len(packed) * 9 < 8 * row_TD.nbytes
+    assert joined(8) == (8, 4, 256)
+    with pytest.raises(ProtocolError, match="more than a message may have"):
+        joined(9)
+    store.close()
 
 
 def test_an_operator_sees_and_deletes_rows(

@@ -42,7 +42,7 @@ from cutlayer.wire.rows import (
     unpacked,
 )
 from cutlayer.wire.statics import Statics
-from cutlayer.wire.tensors import read_tensors, refuse_not_finite
+from cutlayer.wire.tensors import decoded_bytes, read_tensors, refuse_not_finite
 
 __all__ = ["RowStore", "RunRows", "check_rows", "drop_rows", "row_bytes"]
 
@@ -234,7 +234,8 @@ class RunRows:
 
         Args:
             head: The request.
-            max_bytes: How many of them may be read for one request; no more are.
+            max_bytes: What the request's tensors and these rows may take once decoded; no more are
+                read.
         """
         self._read.clear()
         named = head.forward.rows if head.WhichOneof("verb") == "forward" else ()
@@ -242,9 +243,10 @@ class RunRows:
             return None  # `check_rows` will say so
         lacking = sorted(set(range(len(named))) - rows_that_came(head))
         found: dict[int, Message | None] = {}
+        max_bytes -= decoded_bytes(head)
         for number in lacking:
             found[number] = row = self.get(named[number])
-            max_bytes -= len(row.body) if row is not None else 0
+            max_bytes -= decoded_bytes(row.head) if row is not None else 0
             if max_bytes < 0:
                 return None  # `joined` will find too few
         gone = [named[number] for number, row in found.items() if row is None]

@@ -19,6 +19,7 @@ __all__ = [
     "MAX_DECODED_BYTES",
     "attach_tensors",
     "bytes_of",
+    "decoded_bytes",
     "dtype_name",
     "read_tensors",
     "refuse_not_finite",
@@ -51,6 +52,12 @@ def dtype_name(dtype: torch.dtype) -> str:
     if dtype not in _NAMES:
         raise ProtocolError(f"tensors of {dtype} cannot be sent: one of {', '.join(DTYPES)}")
     return _NAMES[dtype]
+
+
+def decoded_bytes(head: Head) -> int:
+    """Return the bytes that the tensors of a message take once decoded, if they can be at all."""
+    known = [meta for meta in head.tensors if meta.dtype in DTYPES]
+    return sum(prod(meta.shape) * DTYPES[meta.dtype].itemsize for meta in known)
 
 
 def bytes_of(tensor: Tensor) -> memoryview:
