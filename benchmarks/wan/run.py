@@ -215,6 +215,9 @@ def main() -> None:
         take_turns(field.found, rounds=rounds, steps=args.steps)
         name = f"{balanced[0]}+{balanced[1]}"
         figures = figures_of(field.found, name, LINKS["20mbit_50ms"][1])
+    if args.send_once:
+        # Another way of training: what has a goal keeps its name for the ordinary one.
+        figures = {f"{n}_send_once" if "." in n else n: v for n, v in figures.items()}
     losses = {n: c.rounds[0]["first_loss"] for n, c in field.found.items()}
     settings |= {
         "balanced": name,
