@@ -283,6 +283,16 @@ def test_arguments_that_are_wrong(llama: Site, settings: dict, words: str):
         llama.connect(**settings)
 
 
+@pytest.mark.filterwarnings("ignore:The following .*_pattern keys")
+def test_experts_in_one_tensor_take_no_lora(folder_of: Any):
+    """Peft makes parameters of experts' names: the sentence says so, before a server is asked."""
+    folder = folder_of("mixtral", layers=3)
+    with pytest.raises(ConfigError, match="name the attention's modules"):
+        cutlayer.connect(
+            str(folder), server="localhost:1", bottom_layers=1, top_layers=0, peft_config=lora()
+        )
+
+
 @pytest.mark.parametrize(("bottom", "top"), [(3, 3), (6, 0), (-1, 1), (9, 9)])
 def test_a_cut_out_of_range(llama: Site, bottom: int, top: int):
     """A cut that leaves no trunk is CannotCut with the number of layers."""

@@ -14,7 +14,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import (
+    LoraConfig,
+    PeftConfig,
+    PeftModel,
+    PeftModelForSequenceClassification,
+    get_peft_model_state_dict,
+)
 from peft.tuners.lora import LoraLayer
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import Tensor, nn
@@ -112,10 +118,14 @@ def plan_adapter(
     if frozen:
         config.exclude_modules = _excluding(config.exclude_modules, skeleton.anatomy, frozen)
     model = copy.deepcopy(skeleton.model)
+    # Peft's class for classifiers trains the new head too, and writes so into the config.
+    is_classifier = skeleton.task == "sequence-classification"
+    kind = PeftModelForSequenceClassification if is_classifier else PeftModel
     try:
-        whole = PeftModel(model, config, ADAPTER, low_cpu_mem_usage=True)
+        whole = kind(model, config, ADAPTER, low_cpu_mem_usage=True)
     except ValueError as error:
         raise ConfigError(f"the LoRA cannot be placed: {str(error).rstrip('.')}") from error
+    _refuse_experts(whole.peft_config[ADAPTER])
     of_trunk = _in_trunk(skeleton.anatomy, cut)
     shapes = {n: tuple(p.shape) for n, p in whole.named_parameters() if p.requires_grad}
     modules = {
@@ -163,6 +173,17 @@ def _refuse_unsupported(config: PeftConfig, train: tuple[str, ...]) -> None:
         raise ConfigError(
             f"LoRA with {', '.join(found)} would change or copy the frozen base weights, which "
             "tenants share: use bias='none', init_lora_weights=True or 'gaussian', and modules"
+        )
+
+
+def _refuse_experts(config: PeftConfig) -> None:
+    """Refuse targets that peft, on seeing the model, turned into parameters of experts."""
+    found = getattr(config, "target_parameters", None)
+    if found:
+        raise ConfigError(
+            f"the LoRA's targets include {', '.join(sorted(found))}, experts' weights that are one "
+            "tensor, on which no LoRA can be put here: name the attention's modules as "
+            "target_modules, such as q_proj and v_proj"
         )
 
 

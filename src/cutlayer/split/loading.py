@@ -76,6 +76,8 @@ class Skeleton:
 
     model: PreTrainedModel
     anatomy: Anatomy
+    task: str
+    """`causal-lm` or `sequence-classification`."""
 
 
 def open_checkpoint(name: str, *, revision: str | None = None) -> Checkpoint:
@@ -156,7 +158,7 @@ def skeleton_of(config: PreTrainedConfig, task: str) -> Skeleton:
     """
     with torch.device("meta"):
         model = model_class(config, task)(config)
-    return Skeleton(model, anatomy_of(model))
+    return Skeleton(model, anatomy_of(model), task)
 
 
 def load_ends(
