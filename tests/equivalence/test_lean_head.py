@@ -77,6 +77,34 @@ def test_loss_and_gradients_are_those_of_the_whole_head(wide: Site, chunks: int,
                 assert torch.allclose(a, b, rtol=1e-4, atol=ATOL)
 
 
+FAMILIES: dict[str, dict[str, Any]] = {
+    "gpt2": {},  # its head reads fields that a plain output has not
+    "opt": {},  # its head passes over the base model
+    "mixtral": {"target_modules": ["q_proj", "v_proj"]},  # its head reads the router's logits
+}
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_families_heads_are_run_as_they_are(folder_of: Any, serve: Any, model_type: str):
+    """Whatever a family's head calls and reads, loss and gradients are the whole head's."""
+    site = serve(folder_of(model_type, layers=3), bottom_layers=1, top_layers=0)
+    asked = {"bottom_layers": 1, "top_layers": 0}
+    batch, seen = answers_only(0), []
+    for is_lean in (False, True):
+        config = lora(**FAMILIES[model_type])
+        with site.connect(peft_config=config, lean_head=is_lean, **asked) as split:
+            for module in split.modules():
+                if isinstance(module, torch.nn.Dropout):
+                    module.p = 0.0
+            seen.append(gradients(split, batch))
+    (loss, expected), (lean_loss, found) = seen
+
+    assert torch.allclose(loss, lean_loss, rtol=RTOL)
+    assert len(expected) == len(found)
+    for a, b in zip(expected, found, strict=True):
+        assert torch.allclose(a, b, rtol=1e-4, atol=ATOL)
+
+
 def test_only_labelled_positions_cross_if_nothing_above_the_cut_mixes(wide: Site):
     """With no layer above, fewer bytes come down and go up, by the share of labels."""
     sent = {}
@@ -150,6 +178,23 @@ def test_a_head_that_is_trained_is_not_lean(wide: Site):
     """Its gradient needs every logit: the option is refused, and not left out silently."""
     with pytest.raises(ConfigError, match="not trained"):
         wide.connect(lean_head=True, peft_config=lora(modules_to_save=["lm_head"]))
+
+
+@pytest.mark.parametrize(
+    ("model_type", "settings", "words"),
+    [
+        ("modernbert-decoder", {"train": ("bottom",)}, r"lm_head\.dense\.lora_A.*' is"),
+        ("mixtral", {"output_router_logits": True, "peft_config": None}, "the router's"),
+        ("trocr", {"peft_config": None}, "has another"),
+    ],
+)
+def test_a_head_that_is_not_the_labels_alone_is_refused(
+    folder_of: Any, serve: Any, model_type: str, settings: dict[str, Any], words: str
+):
+    """A layer of the head that is trained, or a loss of another kind, is never left out."""
+    site = serve(folder_of(model_type, layers=3), bottom_layers=1, top_layers=0)
+    with pytest.raises(ConfigError, match=words):
+        site.connect(bottom_layers=1, top_layers=0, lean_head=True, **settings)
 
 
 def test_a_transcript_knows_the_labels(wide: Site, tmp_path: Path):

@@ -177,7 +177,7 @@ def connect(
         split.connection, split.remote_trunk, split.plan = connection, remote, plan
         split.anatomy, split.cut, split.keeps_adapter = skeleton.anatomy, cut, reply.keeps_adapter
         split.chunks, split.tuning = chunks_or_tuning(chunks, connection)
-        split.lean_head = LeanHead(ends, remote, is_all=not top_layers) if lean_head else None
+        split.lean_head = LeanHead(ends, remote, skeleton.anatomy, cut) if lean_head else None
         split.ahead = arrange_rows(split, asked) or Ahead(remote)
         return split
     except BaseException:

@@ -15,18 +15,23 @@ Equal to the whole head up to rounding: a matrix product of fewer rows may round
 from __future__ import annotations
 
 import contextlib
+import functools
+import inspect
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.functional import pad
 from transformers import PreTrainedModel
-from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.loss.loss_utils import ForCausalLMLoss
+from transformers.modeling_outputs import CausalLMOutputWithPast
 
 from cutlayer.client.chunks import IGNORED_LABEL
 from cutlayer.client.remote_trunk import RemoteTrunk
 from cutlayer.errors import ConfigError
+from cutlayer.split.cut import Anatomy, Cut
 
 __all__ = ["LeanHead"]
 
@@ -37,24 +42,61 @@ _TILE_BYTES = 16 << 20
 class LeanHead:
     """Runs a causal LM whose head and loss see the labelled positions only."""
 
-    def __init__(self, ends: PreTrainedModel, remote: RemoteTrunk, *, is_all: bool) -> None:
+    def __init__(
+        self, ends: PreTrainedModel, remote: RemoteTrunk, anatomy: Anatomy, cut: Cut
+    ) -> None:
         """Take a model whose adapter is in place.
 
         Args:
             ends: The client's parts.
             remote: What stands for the trunk, its departures arranged.
-            is_all: Whether the client has no layer above the cut.
+            anatomy: Where the model keeps its layers.
+            cut: Where it is cut.
 
         Raises:
-            ConfigError: If the head is trained: its own gradient needs every logit.
+            ConfigError: If what scores the states is trained, whose own gradient needs every
+                logit, or if the model's loss is not the usual one of its labels alone.
         """
         head = ends.get_output_embeddings()
-        if head is None or any(parameter.requires_grad for parameter in head.parameters()):
-            raise ConfigError("lean_head is for an LM head that is not trained, and this one is")
         self._ends, self._remote = ends, remote
+        # Whichever of these the model's forward calls: OPT's passes over the outermost.
+        self._backbones = anatomy.ancestors(ends)[1:]
+        if head is None or not self._backbones:
+            raise ConfigError(
+                f"lean_head is not for a {type(ends).__name__}, whose head is not a module apart "
+                "from its layers: leave it out"
+            )
+        trained = self._trained_in_head(head)
+        if trained:
+            raise ConfigError(
+                f"lean_head is for an LM head that is not trained, and '{trained[0]}' is: leave "
+                "lean_head out, or the head out of the adapter"
+            )
+        if not _shifts_labels(ends):
+            raise ConfigError(
+                f"lean_head gives transformers' loss of a causal LM, and a {type(ends).__name__} "
+                "has another: leave it out"
+            )
+        if _wants_router_logits(ends):
+            raise ConfigError(
+                "lean_head gives the labels' loss alone, and output_router_logits=True in the "
+                "model's config adds the router's: leave one of them out"
+            )
         self._tile = max(1, _TILE_BYTES // (4 * len(head.weight)))
         # A layer above mixes positions; a defense of the gradient hides which of them have a label.
+        is_all = cut.upper == anatomy.num_layers
         self._asks_labelled_only = is_all and remote.departures.defense("upper cut") is None
+
+    def _trained_in_head(self, head: nn.Module) -> list[str]:
+        """Return the names of what is trained of the head, or between it and the last layer."""
+        # A head that is tied has the embedding's weight, which is named within the backbone.
+        own = {id(parameter) for parameter in head.parameters()}
+        inside = {id(parameter) for parameter in self._backbones[0].parameters()} - own
+        return [
+            name
+            for name, parameter in self._ends.named_parameters()
+            if parameter.requires_grad and id(parameter) not in inside
+        ]
 
     def scores(self, kwargs: Mapping[str, Any], *, training: bool, by_trl: bool) -> bool:
         """Say whether a call's loss is all that is asked of it.
@@ -67,8 +109,8 @@ class LeanHead:
         labels = kwargs.get("labels", kwargs.get("shift_labels"))
         is_asked = by_trl if kwargs.get("fused_lm_head") else training
         more = kwargs.get("output_hidden_states") or kwargs.get("output_router_logits")
-        router = getattr(self._ends.config.get_text_config(), "output_router_logits", False)
-        return isinstance(labels, Tensor) and is_asked and not (more or router)
+        more = more or _wants_router_logits(self._ends)
+        return isinstance(labels, Tensor) and is_asked and not more
 
     def run(self, run: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         """Run the model's forward; what it returns has the shape that it has without us.
@@ -83,10 +125,11 @@ class LeanHead:
         by_trl = kwargs.pop("fused_lm_head", False)
         scored_BT = shifted_BT != IGNORED_LABEL
         truth = {"shift_labels": shifted_BT} if is_shifted else {"labels": labels_BT}
-        with self._calling(scored_BT, truth), self._without_head(scored_BT) as states:
+        with self._calling(scored_BT, truth), self._without_head(scored_BT) as taken:
             run(*args, **kwargs)
+        states_ND, logits_of = self._taken(taken)
         log_probs_N, entropy_N, is_top_N = _Scored.apply(
-            states[0], shifted_BT[scored_BT], self._logits, self._tile
+            states_ND, shifted_BT[scored_BT], logits_of, self._tile
         )
         loss = -log_probs_N.sum() / (max(len(log_probs_N), 1) if items is None else items)
         if not by_trl:
@@ -112,26 +155,46 @@ class LeanHead:
             self._remote.wanted_N, self._remote.entry.withheld = None, {}
 
     @contextlib.contextmanager
-    def _without_head(self, scored_BT: Tensor) -> Iterator[list[Tensor]]:
+    def _without_head(self, scored_BT: Tensor) -> Iterator[list[_Taken]]:
         """While open, a forward leaves the states to be scored here, and its head sees one row."""
-        states: list[Tensor] = []
+        entered: list[nn.Module] = []
+        taken: list[_Taken] = []
 
-        def take(_module: Any, _args: Any, output: Any) -> Any:
-            states_BTD = output.last_hidden_state
-            states.append(states_BTD[scored_BT.to(states_BTD.device)])
-            output.last_hidden_state = states_BTD[:1, :1].detach()
-            return output
+        def enter(module: nn.Module, _args: Any) -> None:
+            entered.append(module)
 
-        hook = self._ends.base_model.register_forward_hook(take)
+        def take(module: nn.Module, _args: Any, output: Any) -> Any:
+            # The outermost that is called has done all that there is but the head.
+            if module is not entered[0]:
+                return output
+            states_BTD = getattr(output, "last_hidden_state", None)
+            if states_BTD is None:
+                return output
+            taken.append(_Taken(module, type(output), states_BTD[scored_BT.to(states_BTD.device)]))
+            return _with_states(output, states_BTD[:1, :1].detach())
+
+        hooks = [module.register_forward_pre_hook(enter) for module in self._backbones]
+        hooks += [module.register_forward_hook(take) for module in self._backbones]
         try:
-            yield states
+            yield taken
         finally:
-            hook.remove()
+            for hook in hooks:
+                hook.remove()
 
-    def _logits(self, states_ND: Tensor) -> Tensor:
+    def _taken(self, taken: list[_Taken]) -> tuple[Tensor, Callable[[Tensor], Tensor]]:
+        """Return the states to be scored, and what scores them."""
+        if not taken:
+            raise ConfigError(
+                f"lean_head cannot find the states that the head of {type(self._ends).__name__} "
+                "scores: leave it out"
+            )
+        (found,) = taken
+        return found.states_ND, functools.partial(self._logits, found.backbone, found.kind)
+
+    def _logits(self, backbone: nn.Module, kind: type[Any], states_ND: Tensor) -> Tensor:
         """Return the logits of states, scaled and capped as the family does it."""
-        backbone = self._ends.base_model
-        output = BaseModelOutputWithPast(last_hidden_state=states_ND[None])
+        # In its family's kind, since the head reads fields that others have not.
+        output = kind(last_hidden_state=states_ND[None])
         backbone.forward = lambda *_args, **_kwargs: output
         try:
             tokens_1N = torch.zeros(1, len(states_ND), dtype=torch.long, device=states_ND.device)
@@ -140,6 +203,32 @@ class LeanHead:
         finally:
             del backbone.forward  # the class's own again
         return logits_1NV[0]
+
+
+@dataclass(frozen=True)
+class _Taken:
+    """What a forward leaves to be scored."""
+
+    backbone: nn.Module
+    """What gave the states."""
+    kind: type[Any]
+    """What its output is."""
+    states_ND: Tensor
+
+
+def _with_states(output: Any, states_BTD: Tensor) -> Any:
+    """Return a backbone's output with other states and all its other fields."""
+    return type(output)(**{**output, "last_hidden_state": states_BTD})
+
+
+def _shifts_labels(ends: PreTrainedModel) -> bool:
+    """Say whether a model's loss is the usual one: TrOCR's, of its own making, shifts nothing."""
+    names = inspect.unwrap(type(ends).forward).__code__.co_names
+    return "loss_function" in names and ends.loss_function is ForCausalLMLoss
+
+
+def _wants_router_logits(ends: PreTrainedModel) -> bool:
+    return bool(getattr(ends.config.get_text_config(), "output_router_logits", False))
 
 
 class _Scored(torch.autograd.Function):

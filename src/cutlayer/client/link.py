@@ -185,5 +185,6 @@ def _placed(out_1ND: Tensor, *, wanted_N: Tensor, shape: torch.Size) -> Tensor:
             f"an output of shape {tuple(out_1ND.shape)} came for {len(wanted_N)} positions"
         )
     out_BTD = out_1ND.new_zeros(shape)
-    out_BTD.flatten(0, 1)[wanted_N] = out_1ND[0]
+    # The positions lie where the labels do.
+    out_BTD.flatten(0, 1)[wanted_N.to(out_BTD.device)] = out_1ND[0]
     return out_BTD
