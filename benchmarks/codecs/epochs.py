@@ -124,7 +124,8 @@ def _figures_of(x_ERTD: Tensor, learns: bool) -> dict[str, float]:
     figures = {}
     for epoch in range(1, len(x_ERTD)):
         x_RTD, before_RTD = x_ERTD[epoch], x_ERTD[epoch - 1]
-        change_N = _norms(x_RTD - before_RTD) / _norms(x_RTD)
+        has_any_N = _norms(x_RTD) > 0  # a row's last token has no gradient
+        change_N = (_norms(x_RTD - before_RTD) / _norms(x_RTD))[has_any_N]
         figures[f"change_{epoch + 1}"] = float(change_N.median())
         figures[f"change_{epoch + 1}_db"] = _db(x_RTD, before_RTD)
         for threshold in THRESHOLDS:
