@@ -72,6 +72,17 @@ def test_nothing_but_embedding_and_head_at_the_client_is_exact(folder_of, serve)
     same_run(site, site.connect(bottom_layers=0, top_layers=0), site.unsplit())
 
 
+@pytest.mark.parametrize("model_type", ["modernbert-decoder", "roberta"])
+def test_a_family_whose_embedding_lies_deeper_is_exact(folder_of, serve, model_type: str):
+    """The trunk takes a LoRA though the embedding that the head is tied to is not there."""
+    site = serve(folder_of(model_type, layers=3))
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    quiet = quiet if model_type == "roberta" else {}
+
+    split = site.connect(bottom_layers=1, **quiet)
+    same_run(site, split, site.unsplit(**quiet))
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS.values(), ids=OPTIMIZERS)
 def test_every_optimizer_of_the_table_is_exact(llama: Site, optimizer: type):
     """The trunk's optimizer does what the client's does, with accumulation over two batches."""

@@ -104,6 +104,8 @@ class TenantTrunk:
     def __post_init__(self) -> None:
         self.peft: PeftModel | None = None
         if self.lora.targets:
+            # Peft would ask the model for the embedding that weights are tied to: it is elsewhere.
+            self.model._tied_weights_keys = None
             try:
                 self.peft = PeftModel(self.model, trunk_config(self.lora), ADAPTER)
             except ValueError as error:

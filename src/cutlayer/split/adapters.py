@@ -123,7 +123,8 @@ def plan_adapter(
     kind = PeftModelForSequenceClassification if is_classifier else PeftModel
     try:
         whole = kind(model, config, ADAPTER, low_cpu_mem_usage=True)
-    except ValueError as error:
+    # A TypeError if the LoRA hits what is trained whole, as on DistilBERT's `pre_classifier`.
+    except (ValueError, TypeError) as error:
         raise ConfigError(f"the LoRA cannot be placed: {str(error).rstrip('.')}") from error
     _refuse_experts(whole.peft_config[ADAPTER])
     of_trunk = _in_trunk(skeleton.anatomy, cut)
