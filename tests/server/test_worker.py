@@ -62,7 +62,8 @@ def hand_in(
     """Hand in what one tenant asks, in its order."""
     for what in whats:
         do = books.work(tenant, what, seconds)
-        thread.submit(do, tenant, begins=what == "forward")
+        ends = what in ("backward", "step")
+        thread.submit(do, tenant, begins=what == "forward", ends=ends)
 
 
 def together(thread: TrunkThread, hand_all_in: Callable[[], None]) -> None:
@@ -124,6 +125,23 @@ def test_one_who_begins_without_end_is_no_more_than_a_quantum_ahead(
 
     assert max(ahead_s) < QUANTUM_S + 0.03
     assert books.most_holders == 2
+
+
+@pytest.mark.parametrize(("what", "quanta"), [("echo", 1), ("step", 10)])
+def test_who_holds_a_graph_and_asks_without_end_lets_others_begin(
+    books: Books, what: str, quanta: int
+):
+    """However cheap and whatever it is, a flood delays another's first forward by its quanta."""
+    thread, seconds = TrunkThread(books.holders, quantum_s=0.01), 0.002
+
+    def hand_all_in() -> None:
+        hand_in(thread, books, "floods", "forward", *[what] * 100, seconds=seconds)
+        hand_in(thread, books, "modest", "forward")
+
+    together(thread, hand_all_in)
+
+    before = books.done.index(("modest", "forward"))
+    assert 1 <= before <= quanta * 0.01 / seconds + 1
 
 
 def test_the_time_is_shared_evenly_however_much_one_asks(thread: TrunkThread, books: Books):

@@ -28,6 +28,7 @@ log = logging.getLogger(__name__)
 
 SERVICE = "cutlayer.v1.Trunk"
 _WORKING_EVERY_S = 2.0
+_ENDS_A_STEP = ("backward", "commit", "release", "discard", "optim_step", "zero_grad")
 
 
 class TrunkService(grpc.GenericRpcHandler):
@@ -218,8 +219,9 @@ class _Stream:
                 joint = None
                 if fuser is not None:
                     joint = fuser.joint_of(self._session, message, self._is_current)
+                ends = message.head.WhichOneof("verb") in _ENDS_A_STEP
                 last = self._sessions.on_trunk(
-                    work, self._session.tenant, begins=begins, joint=joint
+                    work, self._session.tenant, begins=begins, ends=ends, joint=joint
                 )
                 del frame, message, work, joint
         except ProtocolError as error:

@@ -366,10 +366,11 @@ class Sessions:
         tenant: str = "",
         *,
         begins: bool = False,
+        ends: bool = False,
         joint: Joint | None = None,
     ) -> Future[Any]:
-        """Have the trunk's thread do something in a tenant's turn; `begins` leaves a graph."""
-        return self._thread.submit(work, tenant, begins=begins, joint=joint)
+        """Have the trunk's thread do something in a tenant's turn, as `TrunkThread.submit` says."""
+        return self._thread.submit(work, tenant, begins=begins, ends=ends, joint=joint)
 
     def stop(self) -> None:
         """Finish what was handed in, mark where each session stands, and stop.

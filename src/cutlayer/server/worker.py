@@ -17,6 +17,7 @@ __all__ = ["Joint", "Stopped", "Together", "TrunkThread", "give_memory_back"]
 
 _IDLE_AFTER_S = 4.0
 _QUANTUM_S = 2.0
+_QUANTA_TO_END = 10
 _LEAST_PATIENCE, _MOST_PATIENCE = 1 / 64, 1 / 4
 
 
@@ -68,6 +69,7 @@ class Together(Protocol):
 class _Work:
     do: Callable[[], Any]
     begins: bool
+    ends: bool
     joint: Joint | None
     future: Future[Any] = field(default_factory=Future)
 
@@ -90,10 +92,11 @@ class TrunkThread:
     gets no credit for time that it did not ask for.
 
     What was begun is finished first: no graph is begun for a tenant while another that has some
-    waits to use them up, nor while it waits to begin more and is not a quantum ahead. Else the
+    waits to use them up, nor while it waits for anything else and is not a quantum ahead. Else the
     graphs of all tenants are alive at once, in memory that each forward touches anew, which took
     a quarter of the time of 32 tenants (docs/log.md). What begins no graph waits for nothing but
-    its clock.
+    its clock. What ends a step may be asked without end, too: others wait for it until its tenant
+    is ten quanta ahead.
 
     Work with a `Joint` takes with it whatever waits at the head of other tenants' queues and has
     the same key; each tenant's clock takes its part. If some are awaited who have not come, and
@@ -135,6 +138,7 @@ class TrunkThread:
         tenant: str = "",
         *,
         begins: bool = False,
+        ends: bool = False,
         joint: Joint | None = None,
     ) -> Future[Any]:
         """Have something done in this tenant's turn.
@@ -143,12 +147,13 @@ class TrunkThread:
             do: What.
             tenant: Whose it is.
             begins: Whether it leaves a graph behind, which other work of this tenant will free.
+            ends: Whether it frees a graph, or is what a step ends with.
             joint: With what others' work it may be done together.
 
         Raises:
             Stopped: If the thread was stopped.
         """
-        work = _Work(do, begins, joint if self._together else None)
+        work = _Work(do, begins, ends, joint if self._together else None)
         with self._changed:
             if self._stopped:
                 raise Stopped("the trunk's thread was stopped")
@@ -224,13 +229,14 @@ class TrunkThread:
         self._now = self._clocks[tenant]
         if len(self._waiting) == 1 or not self._begins(tenant):
             return tenant
-        latest_s, holders = self._now + self._quantum_s, self._holders()
-        goes_on = [
-            other
-            for other in self._waiting
-            if other in holders and (not self._begins(other) or self._clocks[other] < latest_s)
-        ]
+        holders = self._holders()
+        goes_on = [o for o in self._waiting if o in holders and self._clocks[o] < self._latest_s(o)]
         return min(goes_on or [tenant], key=self._clocks.__getitem__)
+
+    def _latest_s(self, tenant: str) -> float:
+        """Return how far a tenant's clock may be for others to wait for what it does next."""
+        quanta = _QUANTA_TO_END if self._waiting[tenant][0].ends else 1
+        return self._now + quanta * self._quantum_s
 
     def _begins(self, tenant: str) -> bool:
         return self._waiting[tenant][0].begins
