@@ -14,6 +14,7 @@ import torch
 from benchmarks.proxy import Proxy
 from cutlayer.errors import Refused
 from cutlayer.server.access import Limits
+from tests.resilience.test_savepoints import until
 from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, lora, site_of
 
 STEPS = 5
@@ -235,3 +236,53 @@ def test_a_session_of_another_tenant_is_unknown_even_when_parked(
         with pytest.raises(Refused, match="no such session"):
             sessions.attach("another", identifier, 0, lambda: None)
     site.server.stop()  # type: ignore[union-attr]
+
+
+def test_an_evaluation_that_is_parked_before_its_reply_arrives_gets_it(llama: Site, proxied: Any):
+    """What leaves no trace in the state is asked again too, if its reply was lost on the way."""
+    site, proxy = proxied
+    sessions: Any = llama.server.sessions  # type: ignore[union-attr]
+    gate, seen = threading.Event(), []
+
+    @torch.no_grad()
+    def evaluate() -> None:
+        seen.append(split(**batch_of(7), use_cache=False).logits)
+
+    with site.connect(seed=3, run="lost", lease_s=60.0) as split:
+        Loop.over(split).step(batch_of(0))
+        split.eval()
+        evaluate()
+        (session,) = [each for each in sessions.in_memory() if each.run == "lost"]
+        sessions.on_trunk(gate.wait, session.tenant)
+        asking = threading.Thread(target=evaluate)
+        asking.start()
+        try:
+            until(lambda: sessions.waiting() == 1, within_s=60)
+            sessions.on_trunk(lambda: sessions._park(session), session.tenant)
+            proxy.cut()
+            until(lambda: sessions.waiting() >= 3, within_s=60)  # the client is back, and waits
+        finally:
+            gate.set()
+        asking.join()
+
+    assert len(seen) == 2
+    assert equal(*seen)
+
+
+def test_what_a_server_keeps_at_the_end_is_all_that_was_trained(
+    llama: Site, certs: Path, tmp_path: Path
+):
+    """Parked without a mark, a run is made again before its half of the adapter is saved."""
+    site = site_of(llama.folder, certs, tmp_path, keep_adapter=True)
+    sessions: Any = site.server.sessions  # type: ignore[union-attr]
+    with site.connect(seed=3, run="kept", lease_s=60.0) as split, torch.no_grad():
+        with torch.enable_grad():
+            Loop.over(split).step(batch_of(0))
+        split.eval()(**batch_of(1))
+        (session,) = sessions.in_memory()
+        trained = {name: t.clone() for name, t in session.trunk.export_adapter().items()}
+        sessions.on_trunk(lambda: sessions._park(session)).result()
+    kept = sessions._store.load("default", "kept", None).adapter
+    site.server.stop()  # type: ignore[union-attr]
+
+    assert equal(trained, kept)

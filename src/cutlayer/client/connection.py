@@ -126,6 +126,11 @@ class Connection:
         Args:
             keep_rows: Let the server keep what was sent once: the run will be resumed.
         """
+        if self.session and self.offer.keeps_adapter:
+            # What is kept is the state as it is there: one that was parked must be made again.
+            with contextlib.suppress(CutlayerError):
+                last = self.request(pb.Head(echo=pb.Echo()), unattended=True)
+                wait([last.future], timeout=self._idle_timeout_s)
         self._closing.set()
         if self.session and self._failure is None:
             asked = pb.CloseSessionRequest(session=self.session, keep_rows=keep_rows)
@@ -239,8 +244,8 @@ class Connection:
                 )
             coming = set(told.replies)
             for sequence in [s for s in self._waiting if s <= told.reached and s not in coming]:
-                # It was done before the server's last mark, which was asked for when no tensor of
-                # an earlier reply was waited for.
+                # It was done before the server's last mark, which is asked for when no tensor of an
+                # earlier reply is waited for, and else written when none can be lost.
                 self._waiting.pop(sequence).future.set_result({})
                 self._log.answered(sequence)
             self._log.durable(told.durable)

@@ -364,6 +364,10 @@ class Session:
         """Say whether adapter and optimizer are all that this session is."""
         return not self.trunk.is_busy
 
+    def owes_an_answer(self) -> bool:
+        """Say whether a reply may not have arrived that says more than that it was done."""
+        return any(h.tensors or h.HasField("failure") for h, _ in self.replies.values())
+
     def take_up(self, step: int | None, run: str = "") -> None:
         """Go back to a kept state of a run, this one by default, or to its last.
 

@@ -282,7 +282,9 @@ class Sessions:
         What was done since a mark is sent again by the client, so a session may be parked at any
         moment; between steps a new mark spares that.
         """
-        if session.is_between_steps() and session.last_sequence > session.durable:
+        # Of what a mark covers the client hears no more than that it was done.
+        is_due = session.last_sequence > session.durable and not session.owes_an_answer()
+        if session.is_between_steps() and is_due:
             with contextlib.suppress(CutlayerError):  # a full disk: the older mark stays in force
                 self._write_mark(session, session.marked())
         self._let_go(session.identifier)
