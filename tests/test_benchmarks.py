@@ -12,6 +12,7 @@ import pytest
 import benchmarks.attacks.run as attacks
 from benchmarks.attacks.conditions import lossy_codecs
 from benchmarks.attacks.parts import Part
+from cutlayer.server.worker import _QUANTUM_S
 
 ROOT = Path(__file__).parents[1]
 
@@ -49,11 +50,13 @@ def test_the_fuzzer_finds_nothing(tmp_path: Path):
 
 
 def test_a_greedy_tenant_gets_no_more_than_its_share(tmp_path: Path):
-    """The trunk's time is shared evenly, however much one tenant asks for."""
+    """The trunk's time is shared evenly, however much one tenant asks for, but for a quantum."""
     figures = figures_of("tenants", tmp_path / "tenants.json")
+    settings = json.loads((tmp_path / "tenants.json").read_text())["settings"]
+    fair_s = 6 * settings["seconds"] / max(settings["counts"])
 
     assert figures["jain"] >= 0.9
-    assert figures["greedy_share_over_fair"] <= 1.25
+    assert figures["greedy_share_over_fair"] <= 1 + _QUANTUM_S / fair_s
 
 
 def test_a_plan_is_near_what_a_run_takes(tmp_path: Path):
@@ -110,6 +113,7 @@ def test_the_attacks_read_a_tiny_model(tmp_path: Path):
         assert f"a4_codec_{codec}_m2" in figures
 
 
+@pytest.mark.slow
 def test_a_step_over_a_link_is_timed_beside_the_unsplit_one(tmp_path: Path):
     """Ours, a peer and the unsplit model take turns, and train the same from the first step on."""
     figures = figures_of("wan", tmp_path / "wan.json")
@@ -135,6 +139,7 @@ def test_the_wire_is_measured(tmp_path: Path):
     assert 0 < figures["transport.later_message_share_100mbit_50ms"] < 1.1
 
 
+@pytest.mark.slow
 def test_later_epochs_send_no_activations(tmp_path: Path):
     """Rows that are sent once are named afterwards, and the run is the same."""
     figures = figures_of("cache", tmp_path / "cache.json")

@@ -182,10 +182,12 @@ def test_no_such_model(model, capsys):
 
 def test_experts_are_refused_in_one_sentence(folder_of, capfd):
     """Layers whose work depends on the tokens cannot be counted without them; it is said."""
-    assert main(["plan", str(folder_of("mixtral")), *QUICK]) != 0
-    captured = capfd.readouterr()
-    assert "mixtral" in captured.err
-    assert captured.err.count("\n") == 1
+    attention = ("--lora_target_modules", "q_proj,v_proj")
+    for words, said in (((), "name the attention's modules"), (attention, "mixtral")):
+        assert main(["plan", str(folder_of("mixtral")), *QUICK, *words]) != 0
+        captured = capfd.readouterr()
+        assert said in captured.err
+        assert captured.err.count("\n") == 1
 
 
 def test_this_machine_is_measured(config, capsys):

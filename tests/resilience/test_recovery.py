@@ -242,7 +242,11 @@ def test_an_evaluation_that_is_parked_before_its_reply_arrives_gets_it(llama: Si
     """What leaves no trace in the state is asked again too, if its reply was lost on the way."""
     site, proxy = proxied
     sessions: Any = llama.server.sessions  # type: ignore[union-attr]
-    gate, seen = threading.Event(), []
+    begun, gate, seen = threading.Event(), threading.Event(), []
+
+    def hold_up() -> None:
+        begun.set()
+        gate.wait()
 
     @torch.no_grad()
     def evaluate() -> None:
@@ -253,7 +257,8 @@ def test_an_evaluation_that_is_parked_before_its_reply_arrives_gets_it(llama: Si
         split.eval()
         evaluate()
         (session,) = [each for each in sessions.in_memory() if each.run == "lost"]
-        sessions.on_trunk(gate.wait, session.tenant)
+        sessions.on_trunk(hold_up, session.tenant)
+        assert begun.wait(60)  # else it is counted among those who wait
         asking = threading.Thread(target=evaluate)
         asking.start()
         try:
