@@ -129,7 +129,7 @@ GOALS = (
          least=3.1, why=_COMPANY),
     Goal("G8", "the same / one adapter on the same tokens", "tenants.fused_8x32_of_one_adapter",
          least=0.95,
-         why="0.81 in float32; the trunk alone is at 0.85 and 0.98 (decision 0019), the rest is "
+         why="0.81 in float32; the trunk alone is at 0.85 and 0.98 (decision 0018), the rest is "
          "eight tenants' messages and optimizer steps"),
     Goal("G8", "4 tenants over 50 ms / the limit", "tenants.wan_4_over_limit", least=0.95),
     Goal("G9", "server memory per further tenant over its state (1.2, and one micro-batch's "
