@@ -58,8 +58,15 @@ class Plan:
     seeds: int
     lr: float = 1e-3
 
+    @property
+    def steps(self) -> int:
+        """Of all epochs."""
+        return self.epochs * -(-self.rows // self.batch)
 
-FULL = Plan(rows=24, columns=96, batch=4, epochs=3, scored=24, seeds=3)
+
+FULL = Plan(rows=120, columns=96, batch=4, epochs=3, scored=48, seeds=3)
+SHORT = Plan(rows=24, columns=96, batch=4, epochs=3, scored=24, seeds=3)
+"""Of what is measured in the loop of the unsplit model, and not over the wire."""
 QUICK = Plan(rows=48, columns=16, batch=8, epochs=2, scored=4, seeds=1)
 
 
@@ -95,6 +102,14 @@ CODECS |= {
         ("rotated4", "rotated6", "rotated3"),
         ("klt2", "rotated6", "rotated4"),
         ("rotated6", "rotated6", "rotated6"),
+        ("rotated4", "klt2", "waterfill2"),
+        ("klt2", "klt2", "waterfill2"),
+        ("rotated4", "klt2", "waterfill1"),
+        ("klt2", "klt2", "waterfill1"),
+        ("klt2", "klt1", "waterfill2"),
+        ("klt2", "klt1", "waterfill1"),
+        ("klt2", "rotated4", "waterfill2"),
+        ("klt2", "rotated3", "waterfill1"),
     )
 }
 """Where a name begins with `once`, a row's activations go up in its first epoch only."""
@@ -153,7 +168,10 @@ class Runs:
         rows_RT = load_file(self.workload.tokens)["tokens"].flatten(0, 1)
         scored = min(plan.scored, len(rows_RT) // 3)
         self.task = Task(rows_RT[: min(plan.rows, len(rows_RT) - scored)], rows_RT[-scored:])
-        self.plan = plan
+        self.plan, self.short, self.short_task = plan, plan, self.task
+        if not args.quick:
+            self.short, last = SHORT, SHORT.rows + SHORT.scored
+            self.short_task = Task(rows_RT[: SHORT.rows], rows_RT[SHORT.rows : last])
         self.dtype = "float32" if args.quick else "bfloat16"
         self.certificates = make_certificates(folder / "certs")
         self.servers = {}
@@ -222,7 +240,9 @@ class Runs:
             split.train()
             traffic = split.connection.traffic
             losses, at_step, rows_sent = [], [], []
-            for batch in self.task.epochs(self.plan, setting.loss_share, seed):
+            for step, batch in enumerate(self.task.epochs(self.plan, setting.loss_share, seed)):
+                # Down to nothing in a straight line, which is what a Trainer does.
+                optimizer.param_groups[0]["lr"] = self.plan.lr * (1 - step / self.plan.steps)
                 loss = split(**batch, use_cache=False).loss
                 loss.backward()
                 clip(split.parameters(), 1.0)
@@ -257,10 +277,10 @@ class Runs:
         """Return what activations do between epochs of the unsplit run."""
         return changes_between_epochs(
             self.workload.model,
-            self.task.train_RT,
-            epochs=self.plan.epochs,
-            batch=self.plan.batch,
-            rates=(self.plan.lr, self.plan.lr / 5)[: self.plan.seeds],
+            self.short_task.train_RT,
+            epochs=self.short.epochs,
+            batch=self.short.batch,
+            rates=(self.short.lr, self.short.lr / 5)[: self.short.seeds],
             dtype=self.dtype,
         )
 
@@ -269,11 +289,11 @@ class Runs:
         return held_out_through(
             WAYS[name],
             self.workload.model,
-            self.task.train_RT,
-            self.task.held_RT,
-            epochs=self.plan.epochs,
-            batch=self.plan.batch,
-            rate=self.plan.lr,
+            self.short_task.train_RT,
+            self.short_task.held_RT,
+            epochs=self.short.epochs,
+            batch=self.short.batch,
+            rate=self.short.lr,
             seed=seed,
             dtype=self.dtype,
         )
@@ -374,9 +394,10 @@ def main() -> None:
         jobs = {f"{job[0].name} {job[1]} {job[2]}": job for job in jobs_of(plan, args.quick)}
         for key in args.only or jobs:
             setting, name, seed = jobs[key]
-            if not is_wanted(key, args):
+            kept = f"{key} {plan.steps} steps"
+            if not is_wanted(kept, args):
                 continue
-            one = measured(key, args, lambda s=setting, n=name, d=seed: runs.train(s, n, d))
+            one = measured(kept, args, lambda s=setting, n=name, d=seed: runs.train(s, n, d))
             found.setdefault((setting.name, name), {})[seed] = one
         if args.only:
             return
@@ -385,13 +406,15 @@ def main() -> None:
             figures |= summed(f"{setting}.{name}", by_seed, base, width=width, epochs=plan.epochs)
         for setting in SETTINGS:
             figures[f"{setting.name}.untrained_held_out"] = measured(
-                f"{setting.name} untrained",
+                f"{setting.name} untrained {plan.steps} steps",
                 args,
                 lambda s=setting: {"loss": runs.held_out_loss(None, s.loss_share)},
             )["loss"]
-        rows_BT = runs.task.train_RT[:16]
+        short = runs.short_task
         figures |= measured(
-            "errors", args, lambda: errors_of(runs.workload.model, rows_BT, runs.task.held_RT[:12])
+            "errors",
+            args,
+            lambda: errors_of(runs.workload.model, short.train_RT[:16], short.held_RT[:12]),
         )
         figures |= measured("epochs", args, runs.changes)
         figures |= ways_summed(

@@ -38,9 +38,14 @@ STATED_TOKEN_ERROR = {
     "rotated3": 0.24,
     "rotated2": 0.42,
     "rotated1": 0.68,
+    "waterfill2": 0.42,
+    "waterfill1": 0.68,
     "klt2": 0.45,
     "klt1": 0.65,
 }
+
+SEE_OTHERS = {"waterfill2", "waterfill1"}
+"""Codecs that decide over a token by what the others are."""
 
 every_codec = pytest.mark.parametrize("name", CODECS)
 
@@ -198,7 +203,12 @@ def test_what_is_not_finite_is_not_hidden(name: str, value: float, learnt: dict[
         assert torch.isfinite(found_TD).all(-1).tolist() == [True, False, True]
 
 
-@every_codec
+def test_only_gradients_may_be_coded_by_what_other_tokens_are():
+    """An activation that told of later ones would leak them into a causal model."""
+    assert all(CODECS[name].carries == {"gradients"} for name in SEE_OTHERS)
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name not in SEE_OTHERS])
 def test_no_token_sees_another(name: str, learnt: dict[str, Statics]):
     """Changing one token changes no other token's decoded values: none before it, none after."""
     x_BTD = activations(tokens=6)
@@ -211,6 +221,32 @@ def test_no_token_sees_another(name: str, learnt: dict[str, Statics]):
 
             others = [other for other in range(6) if other != t]
             assert torch.equal(before_BTD[:, others], after_BTD[:, others])
+
+
+@pytest.mark.parametrize(
+    ("name", "plain"), [("waterfill2", "rotated3"), ("waterfill1", "rotated1")]
+)
+def test_bits_go_to_the_tokens_that_have_the_energy(name: str, plain: str):
+    """Where half the tokens are next to nothing, less is left than of as many bits or more."""
+    g_TD = torch.randn(64, WIDTH, generator=torch.Generator().manual_seed(0))
+    g_TD *= torch.logspace(1, -3, 64)[torch.randperm(64)][:, None]
+
+    found_TD = through(name, g_TD)
+
+    assert error_of(found_TD, g_TD) < 0.7 * error_of(through(plain, g_TD), g_TD)
+    assert bool((found_TD[g_TD.norm(dim=-1) < 0.05] == 0).all())
+
+
+@pytest.mark.parametrize("name", ["waterfill2", "waterfill1"])
+def test_tokens_of_nothing_cost_only_their_scale(name: str):
+    """Padding, which has no gradient, leaves its bits to the other tokens."""
+    g_TD = torch.randn(8, WIDTH, generator=torch.Generator().manual_seed(0))
+    padded_TD = torch.cat([g_TD, torch.zeros(24, WIDTH)])
+
+    found_TD = through(name, padded_TD)
+
+    assert bool((found_TD[8:] == 0).all())
+    assert error_of(found_TD[:8], g_TD) < 0.4 * error_of(through(name, g_TD), g_TD)
 
 
 @every_codec

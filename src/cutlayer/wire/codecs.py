@@ -1,8 +1,8 @@
 """How activations and gradients are written on the wire. A codec is never described as privacy.
 
 To add a codec, add it to `CODECS`; the battery in tests/wire/test_codecs.py runs over that table.
-A codec acts on each token by itself: one that mixed positions would leak future tokens into a
-causal model (tested). What it may know besides is static: `Statics`, learnt once.
+A codec of activations acts on each token by itself: one that mixed positions would leak future
+tokens into a causal model (tested). What it may know besides is static: `Statics`, learnt once.
 
 Four tensors travel in a step, and each has a codec of its own: activations and gradients, up and
 down (`DEPARTURES`).
@@ -17,7 +17,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from cutlayer.wire.rotated import KarhunenLoeve, Rotated
+from cutlayer.wire.rotated import KarhunenLoeve, Rotated, Waterfilled
 from cutlayer.wire.scaled import SCALE_BYTES, Float8, Int8
 from cutlayer.wire.statics import Statics
 
@@ -145,6 +145,8 @@ CODECS: dict[str, Codec] = {
     "rotated2": Rotated(2, _BOTH),
     # Forward at one bit fails (benchmarks/codecs); of a gradient it is enough.
     "rotated1": Rotated(1, _GRADIENTS),
+    "waterfill2": Waterfilled(2.0),
+    "waterfill1": Waterfilled(1.0),
     "klt2": KarhunenLoeve(2.0, _ACTIVATIONS),
     "klt1": KarhunenLoeve(1.0, _ACTIVATIONS),
 }

@@ -4,12 +4,14 @@
               Lloyd-Max levels of a Gaussian of the token's own size
     klt       subtract the mean, take the coordinates of a learnt basis (Karhunen-Loeve), spend
               bits where they vary; the rest is not sent
+    waterfill rotate, and spend the bits on the longest tokens of the tensor: for gradients
 
 A few tokens (the first of a row, mostly) are attention sinks: a nearly constant vector, tens of
 times as long as the others. Each token is coded as the difference from the mean or from that
 vector, whichever is nearer; the sign of its scale says which.
 
-A tensor of N tokens is stored as N scales (bfloat16), then the packed codes of each token.
+A tensor of N tokens is stored as N scales (bfloat16), then the packed codes of each token; of
+`waterfill` first those of all tokens with one bit, then two, and so on.
 """
 
 # Shapes:  N tokens   D model width   P width, padded to whole blocks   K coordinates kept
@@ -28,7 +30,7 @@ from cutlayer.wire.packing import packed, unpacked
 from cutlayer.wire.scaled import PerToken, safe_inverse, stored_scale
 from cutlayer.wire.statics import Statics
 
-__all__ = ["LEVELS", "KarhunenLoeve", "Rotated", "block_of"]
+__all__ = ["LEVELS", "KarhunenLoeve", "Rotated", "Waterfilled", "block_of"]
 
 LEVELS: dict[int, tuple[float, ...]] = {
     1: (0.79788,),
@@ -47,6 +49,9 @@ LEVELS: dict[int, tuple[float, ...]] = {
     ),
 }  # fmt: skip
 """Levels above 0 of the Lloyd-Max quantiser of a Gaussian of size 1, by bits; the others mirror."""
+
+_LEFT = (1.0, 0.36338, 0.11748, 0.03454, 0.0095, 0.0025, 0.00065)
+"""What is left of a Gaussian's energy by bits: both sides of the wire derive bits from it."""
 
 _LARGEST_BLOCK, _SMALLEST_BLOCK = 64, 32
 # Values are looked up by their place on a grid that is finer than any two levels.
@@ -167,11 +172,7 @@ class Rotated(_Centred):
         return _padded(values) * self.bits // 8
 
     def _centred_codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
-        padded = _padded(x_ND.shape[1])
-        scale_N = stored_scale(_size_of(x_ND) / sqrt(padded))
-        if padded > x_ND.shape[1]:
-            x_ND = torch.nn.functional.pad(x_ND, (0, padded - x_ND.shape[1]))
-        unit_NP = _rotated(x_ND, inverse=False).mul_(safe_inverse(scale_N)[:, None])
+        scale_N, unit_NP = _scaled(x_ND)
         return scale_N, packed(_coded(unit_NP, self.bits), self.bits)
 
     def _centred_values(
@@ -180,6 +181,15 @@ class Rotated(_Centred):
         unit_NP = _decoded(unpacked(codes, self.bits), self.bits)
         x_NP = _rotated(unit_NP, inverse=True).mul_(scale_N[:, None])
         return x_NP[:, :values]
+
+
+def _scaled(x_ND: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the scales of tokens, and their rotated values, which have about size 1."""
+    padded = _padded(x_ND.shape[1])
+    scale_N = stored_scale(_size_of(x_ND) / sqrt(padded))
+    if padded > x_ND.shape[1]:
+        x_ND = torch.nn.functional.pad(x_ND, (0, padded - x_ND.shape[1]))
+    return scale_N, _rotated(x_ND, inverse=False).mul_(safe_inverse(scale_N)[:, None])
 
 
 def _padded(values: int) -> int:
@@ -231,3 +241,57 @@ class KarhunenLoeve(_Centred):
             first = last
         unit_NK = torch.cat(parts, dim=-1)
         return (unit_NK.mul_(deviation_K).mul_(scale_N[:, None])) @ basis_DK.T
+
+
+class Waterfilled(PerToken):
+    """As `Rotated`, but so many bits a value on average over a tensor: the longest tokens get most.
+
+    Reverse water-filling (Cover and Thomas, Elements of Information Theory, 10.3.3): a bit goes
+    where it takes the most energy away, which both sides derive from the scales. A model that is
+    sure of half its tokens has nearly no gradient there. Tokens are not coded by themselves, so it
+    is for gradients alone, which flow from later positions to earlier ones anyway.
+    """
+
+    carries = frozenset({"gradients"})
+
+    def __init__(self, bits: float) -> None:
+        self.bits = bits
+
+    def _row_bytes(self, values: int, statics: Statics | None) -> int:
+        # On average. Blocks are of 32 at least, so half a bit a value is whole bytes too.
+        return int(_padded(values) * self.bits) // 8
+
+    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+        scale_N, unit_NP = _scaled(x_ND)
+        codes = x_ND.new_zeros(len(x_ND) * self._row_bytes(x_ND.shape[1], None), dtype=torch.uint8)
+        first = 0
+        for bits, tokens in self._by_bits(scale_N):
+            part = packed(_coded(unit_NP[tokens], bits), bits).flatten()
+            codes[first : first + len(part)] = part
+            first += len(part)
+        return scale_N, codes
+
+    def _values(
+        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
+    ) -> Tensor:
+        padded, flat, first = _padded(values), codes.flatten(), 0
+        unit_NP = torch.zeros(len(scale_N), padded, device=codes.device)
+        for bits, tokens in self._by_bits(scale_N):
+            last = first + len(tokens) * padded * bits // 8
+            rows = flat[first:last].view(len(tokens), -1)
+            unit_NP[tokens] = _decoded(unpacked(rows, bits), bits)
+            first = last
+        return _rotated(unit_NP, inverse=True).mul_(scale_N.float()[:, None])[:, :values]
+
+    def _by_bits(self, scale_N: Tensor) -> list[tuple[int, Tensor]]:
+        """Return the tokens that get so many bits, for each number of bits that some get."""
+        # Float64 on the CPU, whatever the device: both sides must find the same.
+        size_N = scale_N.cpu().double().nan_to_num_(0.0, 0.0, 0.0)
+        left = torch.tensor(_LEFT, dtype=torch.float64)
+        gain = (left[:-1] - left[1:])[:, None] * size_N.square()
+        chosen = gain.flatten().argsort(descending=True, stable=True)[
+            : int(self.bits * len(size_N))
+        ]
+        bits_N = torch.bincount(chosen % max(1, len(size_N)), minlength=len(size_N))
+        found = [(bits, (bits_N == bits).nonzero()[:, 0]) for bits in range(1, len(_LEFT))]
+        return [(bits, tokens.to(scale_N.device)) for bits, tokens in found if len(tokens)]
