@@ -33,6 +33,7 @@ import cutlayer
 import cutlayer.client.connect
 import cutlayer.client.training
 from benchmarks.processes import cpu_seconds, memory_bytes
+from cutlayer.server.worker import give_memory_back
 from cutlayer.wire import cutlayer_pb2 as pb
 
 LEARNING_RATE = 1e-4
@@ -244,6 +245,7 @@ class Contestant:
                 self.done += 1
         if traffic:
             self.model.connection.request(pb.Head(zero_grad=pb.ZeroGrad())).wait()
+        give_memory_back()  # others have their turn now
         told = {name: value / steps for name, value in told.items()}
         told["compute_s"] = told["seconds"] - told.get("waited_s", 0.0)
         return {**told, "first_loss": first_loss}

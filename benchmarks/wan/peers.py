@@ -32,12 +32,15 @@ from transformers import AutoModelForCausalLM
 
 import cutlayer
 from benchmarks.processes import cpu_seconds
+from cutlayer.server.worker import give_memory_back
 
 SPLITLORA_LAYERS = 3
 LEARNING_RATE = 1e-4
 MAX_NORM = 1.0
 
 _LENGTH = struct.Struct("<Q")
+_TURN_IS_OVER = "turn is over"
+"""Those who rest keep no memory that others of a run need."""
 
 
 class Pipe:
@@ -176,6 +179,8 @@ class Peer:
             if number < warm + steps:
                 loss = self.step()
                 first_loss = first_loss or loss
+        self._pipe.send(_TURN_IS_OVER)
+        give_memory_back()
         told = {name: value / steps for name, value in told.items()}
         told["compute_s"] = told["seconds"] - told["waited_s"]
         return {**told, "first_loss": first_loss}
@@ -189,6 +194,9 @@ def serve(spec: dict[str, Any]) -> None:
         print(json.dumps({"port": listener.getsockname()[1]}), flush=True)
         pipe = Pipe(listener.accept()[0])
         while (told := pipe.receive()) is not None:
+            if isinstance(told, str):
+                give_memory_back()
+                continue
             if spec["kind"] == "splitlora":
                 smashed_BTD, labels_BT = told
                 smashed_BTD.requires_grad_(True)
