@@ -231,27 +231,28 @@ def steps_table(find: Callable[[str], Found | None]) -> list[str]:
 
 
 def _contestants() -> list[tuple[str, dict[str, Any]]]:
-    """Return everybody who had a turn at a step in benchmarks/wan, from the newest run each."""
+    """Return everybody who had a turn at a step in benchmarks/wan, each from its largest run."""
     of: dict[str, dict[str, Any]] = {}
-    for path, run in results():
-        if path.parts[-3] == "wan":
-            for key in run["figures"]:
-                if key.startswith("utilisation_"):
-                    of.setdefault(key.removeprefix("utilisation_"), run)
+    runs = [run for path, run in results() if path.parts[-3] == "wan"]
+    took_part = lambda run: [k for k in run["figures"] if k.startswith("utilisation_")]
+    for run in sorted(runs, key=lambda run: -len(took_part(run))):
+        for key in took_part(run):
+            of.setdefault(key.removeprefix("utilisation_"), run)
     order = ("loopback", "100mbit_50ms", "20mbit_50ms")
     place = lambda name: next(i for i, link in enumerate(order) if name.endswith(link))
     return sorted(of.items(), key=lambda item: (not item[0][0].isdigit(), place(item[0]), item[0]))
 
 
 def _told(name: str) -> str:
-    who, _, link = name.partition("_")
-    link = {
+    links = {
         "loopback": "loopback",
         "20mbit_50ms": "20 Mbit/s, 50 ms",
         "100mbit_50ms": "100 Mbit/s, 50 ms",
-    }[link]
+    }
+    link = next(known for known in links if name.endswith(known))
+    who = name.removesuffix(f"_{link}").replace("_send_once", ", rows sent once")
     kind = f"cutlayer {who}" if who[0].isdigit() else f"peer: {who}"
-    return f"{kind}, {link}"
+    return f"{kind}, {links[link]}"
 
 
 def page() -> str:

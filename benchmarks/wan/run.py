@@ -70,7 +70,7 @@ class Field:
 
     def split(self, cut: tuple[int, int], links: list[str]) -> None:
         """Add a client with this cut behind each link."""
-        name = f"{cut[0]}+{cut[1]}"
+        name = f"{cut[0]}+{cut[1]}" + ("_send_once" if self._send_once else "")
         for link_name in links:
             link = self._link(link_name, self._server.port)
             client = self._stack.enter_context(
@@ -134,7 +134,7 @@ def lora_of(frozen: int) -> dict[str, Any]:
     return {"target_modules": "all-linear", "exclude_modules": rf".*\.layers\.({without})\..*"}
 
 
-def figures_of(found: dict[str, Contestant], balanced: str, rtt_ms: float) -> dict[str, float]:
+def figures_of(found: dict[str, Contestant]) -> dict[str, float]:
     """Return the figures, by name."""
     two, one = found["unsplit_2"], found["unsplit_1"]
     two_s, one_s = two.of("seconds"), one.of("seconds")
@@ -150,16 +150,16 @@ def figures_of(found: dict[str, Contestant], balanced: str, rtt_ms: float) -> di
         figures[f"cpu_ratio_{name}"] = contestant.of("cpu_s") / one.of("cpu_s")
         share = max(parts["C"], parts["S"]) / (parts["C"] + parts["S"])
         figures[f"over_floor_{name}"] = figures[f"ratio_{name}"] / (2 * share * e2)
-    return figures | _named(figures, balanced, rtt_ms / 1e3)
+    return figures
 
 
-def _named(figures: dict[str, float], balanced: str, rtt_s: float) -> dict[str, float]:
-    """Return the figures that have goals, of those who took part."""
-    named: dict[str, float] = {}
+def named(figures: dict[str, float], balanced: str, rtt_s: float) -> dict[str, float]:
+    """Return the figures that have goals, of a run over all links."""
+    found: dict[str, float] = {}
     home = f"{balanced}_loopback"
     if f"ratio_{home}" in figures:
         over = [v for n, v in figures.items() if re.match(r"over_floor_.*_loopback$", n)]
-        named |= {
+        found |= {
             "step_overhead.balanced_ratio": figures[f"ratio_{home}"],
             "step_overhead.balanced_floor": figures[f"ratio_{home}"]
             / figures[f"over_floor_{home}"],
@@ -167,15 +167,24 @@ def _named(figures: dict[str, float], balanced: str, rtt_s: float) -> dict[str, 
             "step_overhead.worst_over_floor": max(over),
         }
     links = [n for n in LINKS if f"ratio_{balanced}_{n}" in figures and n != "loopback"]
-    named |= {f"wan.ratio_{link}": figures[f"ratio_{balanced}_{link}"] for link in links}
+    found |= {f"wan.ratio_{link}": figures[f"ratio_{balanced}_{link}"] for link in links}
     if links:
         busy = [figures[f"utilisation_{balanced}_{link}"] for link in links]
         trunk = [figures[f"S_{balanced}_{link}"] for link in links]
-        named |= {"wan.utilisation": min(busy), "wan.trunk_over_rtt": min(trunk) / rtt_s}
+        found |= {"wan.utilisation": min(busy), "wan.trunk_over_rtt": min(trunk) / rtt_s}
+    return found
+
+
+def of_peers(figures: dict[str, float], ours: str) -> dict[str, float]:
+    """Return how long the peers take, over the unsplit model and over us on the same link."""
+    found: dict[str, float] = {}
     for kind in ("sequential", "splitlora"):
-        if f"ratio_{kind}_{PEERS_LINK}" in figures:
-            named[f"wan.ratio_{kind}_{PEERS_LINK}"] = figures[f"ratio_{kind}_{PEERS_LINK}"]
-    return named
+        theirs = f"{kind}_{PEERS_LINK}"
+        if f"ratio_{theirs}" in figures:
+            found[f"wan.ratio_{theirs}"] = figures[f"ratio_{theirs}"]
+            mine_s = figures[f"seconds_{ours}_{PEERS_LINK}"]
+            found[f"wan.{kind}_over_ours_{PEERS_LINK}"] = figures[f"seconds_{theirs}"] / mine_s
+    return found
 
 
 def main() -> None:
@@ -213,11 +222,15 @@ def main() -> None:
         for kind in args.peers[: 1 if args.quick else None]:
             field.peer(kind, balanced)
         take_turns(field.found, rounds=rounds, steps=args.steps)
-        name = f"{balanced[0]}+{balanced[1]}"
-        figures = figures_of(field.found, name, LINKS["20mbit_50ms"][1])
+        name = f"{balanced[0]}+{balanced[1]}" + ("_send_once" if args.send_once else "")
+        figures = figures_of(field.found)
+        with_goals = named(figures, name, LINKS["20mbit_50ms"][1] / 1e3)
     if args.send_once:
         # Another way of training: what has a goal keeps its name for the ordinary one.
-        figures = {f"{n}_send_once" if "." in n else n: v for n, v in figures.items()}
+        with_goals = {f"{key}_send_once": value for key, value in with_goals.items()}
+    elif args.links != list(LINKS):
+        with_goals = {}  # a figure with a goal is of a run that has all
+    figures |= with_goals | of_peers(figures, name)
     losses = {n: c.rounds[0]["first_loss"] for n, c in field.found.items()}
     settings |= {
         "balanced": name,
