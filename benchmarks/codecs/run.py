@@ -102,14 +102,15 @@ CODECS |= {
         ("rotated4", "rotated6", "rotated3"),
         ("klt2", "rotated6", "rotated4"),
         ("rotated6", "rotated6", "rotated6"),
+        ("rotated6", "rotated4", "waterfill2"),
+        ("rotated4", "rotated4", "waterfill2"),
+        ("rotated4", "rotated3", "waterfill2"),
+        ("rotated4", "rotated3", "waterfill1"),
+        ("rotated4", "rotated2", "waterfill2"),
+        ("rotated3", "rotated3", "waterfill2"),
+        ("rotated3", "rotated3", "waterfill1"),
+        ("klt2", "rotated3", "waterfill2"),
         ("rotated4", "klt2", "waterfill2"),
-        ("klt2", "klt2", "waterfill2"),
-        ("rotated4", "klt2", "waterfill1"),
-        ("klt2", "klt2", "waterfill1"),
-        ("klt2", "klt1", "waterfill2"),
-        ("klt2", "klt1", "waterfill1"),
-        ("klt2", "rotated4", "waterfill2"),
-        ("klt2", "rotated3", "waterfill1"),
     )
 }
 """Where a name begins with `once`, a row's activations go up in its first epoch only."""

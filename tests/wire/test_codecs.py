@@ -37,9 +37,10 @@ STATED_TOKEN_ERROR = {
     "rotated4": 0.13,
     "rotated3": 0.24,
     "rotated2": 0.42,
-    "rotated1": 0.68,
+    # One bit leaves 0.60 of a token's length at best, and 0.76 if nothing is to come out shorter.
+    "rotated1": 0.78,
     "waterfill2": 0.42,
-    "waterfill1": 0.68,
+    "waterfill1": 0.78,
     "klt2": 0.45,
     "klt1": 0.65,
 }
@@ -142,6 +143,17 @@ def test_what_was_learnt_is_worth_its_bytes(better: str, worse: str, learnt: dic
     left = error_of(through(better, x_BTD, learnt[better])[:, 1:], x_BTD[:, 1:])
 
     assert left < 0.75 * error_of(rounded_BTD[:, 1:], x_BTD[:, 1:])
+
+
+@pytest.mark.parametrize("name", [n for n in CODECS if n.startswith("rotated")])
+def test_no_value_comes_out_shorter(name: str, learnt: dict[str, Statics]):
+    """Decoded values are the values and an error that has nothing of them: none is shrunk."""
+    drawn_ND = torch.randn(4000, WIDTH, generator=torch.Generator().manual_seed(0))
+
+    found_ND = through(name, drawn_ND)
+
+    slope = float((found_ND * drawn_ND).sum() / drawn_ND.square().sum())
+    assert slope == pytest.approx(1, abs=0.01)
 
 
 def naive_four_bits(x_BTD: torch.Tensor) -> torch.Tensor:
