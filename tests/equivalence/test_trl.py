@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import cutlayer
+from cutlayer.errors import CannotCut, ConfigError
 from tests.site import Site, adapter_of, batch_of, equal, lora, site_of
 from tests.tokens import dataset, tokenizer
 
@@ -192,6 +193,29 @@ def test_dropout_is_the_same_from_run_to_run(llama: Site, tmp_path: Path):
     assert equal(same, again)
     assert of_trunk
     assert all(not equal(same[name], without[name]) for name in of_trunk)
+
+
+def test_routers_loss_is_refused_and_a_mixture_without_it_exact(
+    folder_of: Any, serve: Any, tmp_path: Path
+):
+    """TRL adds the balancing loss of all routers by default, and the trunk's are elsewhere."""
+    site, config = serve(folder_of("mixtral")), lora(target_modules=["q_proj", "v_proj"])
+    without = {"router_aux_loss_coef": 0.0, "max_steps": 3}
+    whole = site.unsplit(config)
+    trainer_of(whole, tmp_path / "whole", **without).train()
+
+    with site.connect(peft_config=config) as split:
+        with pytest.raises(ConfigError, match="router_aux_loss_coef to"):
+            trainer_of(split, tmp_path)
+        trainer_of(split, tmp_path, **without).train()
+        adapter = adapter_of(split)
+        with pytest.raises(CannotCut, match="output_router_logits"):
+            split(**batch_of(1), output_router_logits=True)
+        split.config.output_router_logits = True
+        with pytest.raises(CannotCut, match="also of the model's config"):
+            split(**batch_of(1))
+
+    assert equal(adapter_of(whole), adapter)
 
 
 def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(

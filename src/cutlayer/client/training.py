@@ -224,6 +224,7 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     split = getattr(driver, "model", None)
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    _check_routers(split)
     if split.by_rows is not None:
         _check_rows_last(driver)
     _tell_objective(driver, split)
@@ -232,6 +233,16 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
     return link._trunk
+
+
+def _check_routers(model: SplitModel) -> None:
+    """Refuse a loss that needs what the routers of all layers said; TRL's has it by default."""
+    if getattr(model.hf_model.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            "the balancing loss of a mixture of experts is made of all layers' routers, and the "
+            "trunk's are elsewhere: set router_aux_loss_coef to 0.0 in TRL's config, or "
+            "output_router_logits to False in the model's"
+        )
 
 
 def _check_rows_last(trainer: Any) -> None:
