@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cutlayer.client.remote_trunk import Sent
+from cutlayer.errors import ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
 from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
 
@@ -245,6 +246,20 @@ def test_base_model_shows_through_when_the_adapter_is_disabled(llama: Site):
 
     with torch.no_grad():
         assert torch.equal(base(**batch).logits, found)
+
+
+def test_half_an_adapter_is_no_reference_and_no_merge(llama: Site):
+    """A second adapter, as TRL's DPO makes for its reference, and a merge are refused."""
+    with llama.connect() as split:
+        split.set_adapter("default")
+        with pytest.raises(ConfigError, match="give it a ref_model"):
+            split.add_adapter("ref", split.peft_config["default"])
+        with pytest.raises(ConfigError, match="'ref' was asked for"):
+            split.set_adapter("ref")
+        with pytest.raises(ConfigError, match="merge it into the whole model"):
+            split.merge_and_unload()
+
+        assert list(split.peft_config) == ["default"]
 
 
 def test_saved_adapter_is_taken_up_again_on_both_sides(llama: Site, tmp_path):

@@ -209,10 +209,25 @@ class SplitModel:
 
     def load_adapter(self, model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Take up an adapter on both sides, or let peft load one of another name on ours."""
-        name = args[0] if args else kwargs.get("adapter_name", ADAPTER)
-        if name != ADAPTER:
-            raise ConfigError(f"a split model has one adapter, '{ADAPTER}': '{name}' was asked for")
+        _refuse_another(args[0] if args else kwargs.get("adapter_name", ADAPTER))
         self.take_up(Path(model_id))
+
+    def add_adapter(self, adapter_name: str, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse a second adapter: the trunk would run the first one with it."""
+        _refuse_another(adapter_name)
+        raise ConfigError(f"the adapter '{ADAPTER}' is there already: connect() has put it on")
+
+    def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Activate the one adapter that there is."""
+        _refuse_another(adapter_name)
+        return super().set_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+    def merge_and_unload(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse a merge, which would be of the client's half alone."""
+        raise ConfigError(
+            "the trunk's weights are elsewhere, so the adapter cannot be merged here: save it "
+            "(save_pretrained) and merge it into the whole model, loaded with peft"
+        )
 
     def take_up(self, folder: Path) -> None:
         """Load an adapter folder into both halves.
@@ -248,6 +263,14 @@ class SplitModel:
 
     def __exit__(self, kind: object, *_exc: object) -> None:
         self.close(keep_rows=kind is not None)
+
+
+def _refuse_another(adapter: str) -> None:
+    if adapter != ADAPTER:
+        raise ConfigError(
+            f"a split model has one adapter, '{ADAPTER}', and '{adapter}' was asked for: where a "
+            "trainer makes its reference so, give it a ref_model (DPO, KTO) or beta=0.0 (GRPO)"
+        )
 
 
 class SplitModelForCausalLM(SplitModel, PeftModelForCausalLM):
