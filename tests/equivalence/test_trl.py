@@ -14,7 +14,7 @@ from trl import SFTConfig, SFTTrainer
 
 import cutlayer
 from cutlayer.errors import CannotCut, ConfigError
-from tests.site import Site, adapter_of, batch_of, equal, lora, site_of
+from tests.site import Loop, Site, adapter_of, batch_of, equal, lora, site_of
 from tests.tokens import dataset, tokenizer
 
 WORDS = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -90,6 +90,23 @@ def test_twenty_steps_are_those_of_the_unsplit_trainer(llama: Site, whole_run: A
     assert len(logged(trainer)) >= 20
     assert logged(whole_trainer) == logged(trainer)
     assert min(entry.get("grad_norm", 1) for entry in logged(trainer)) > 0.05
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_attaching_twice_is_attaching_once(llama: Site, tmp_path: Path):
+    """A cell of a notebook that is run again neither steps the trunk twice nor leaves clipping."""
+    whole = llama.unsplit()
+    trainer_of(whole, tmp_path / "whole", max_steps=4).train()
+
+    with llama.connect() as split:
+        trainer = trainer_of(split, tmp_path, max_steps=4)
+        first = cutlayer.attach(trainer)
+        assert cutlayer.attach(trainer) is first
+        trainer.train()
+        adapter = adapter_of(split)
+        loop = Loop.over(split)
+        assert cutlayer.attach(loop.optimizer, split) is cutlayer.attach(loop.optimizer, split)
+
     assert equal(adapter_of(whole), adapter)
 
 

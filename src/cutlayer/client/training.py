@@ -30,6 +30,7 @@ __all__ = ["TrunkOptimizer", "attach"]
 log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"\.\d+\.")
+_ATTACHED = "_cutlayer_trunk"
 
 
 class TrunkOptimizer:
@@ -205,6 +206,8 @@ class _TrainerLink(TrainerCallback):
 def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     """Make the trunk's optimizer follow a trainer's, or a plain loop's.
 
+    To attach again what is attached already changes nothing.
+
     Args:
         driver: A transformers or TRL trainer, or a torch optimizer.
         model: The connected model; only with a torch optimizer.
@@ -218,12 +221,17 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     if isinstance(driver, torch.optim.Optimizer):
         if not isinstance(model, SplitModel):
             raise ConfigError("attach(optimizer, model) needs the model that connect() returned")
+        if (known := _attached(driver, model)) is not None:
+            return known
         trunk = TrunkOptimizer(model)
         trunk.follow(driver)
+        vars(driver)[_ATTACHED] = trunk
         return trunk
     split = getattr(driver, "model", None)
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    if (known := _attached(driver, split)) is not None:
+        return known
     _check_routers(split)
     if split.by_rows is not None:
         _check_rows_last(driver)
@@ -232,7 +240,14 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     look_ahead(driver, split.comes)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
+    vars(driver)[_ATTACHED] = link._trunk
     return link._trunk
+
+
+def _attached(driver: Any, model: SplitModel) -> TrunkOptimizer | None:
+    """Return what follows a driver: a second would step the trunk twice, and clip neither step."""
+    known: TrunkOptimizer | None = vars(driver).get(_ATTACHED)
+    return known if known is not None and known._model is model else None
 
 
 def _check_routers(model: SplitModel) -> None:
