@@ -80,6 +80,7 @@ class TrunkOptimizer:
         remote = self._model.remote_trunk
         remote.optimizer_stepped()
         if not remote.trains:
+            self._model.connection.mark_if_due()  # its forwards and backwards are in the log, too
             return
         step = pb.OptimStep(
             step=remote.step, optimizer=type(optimizer).__name__, clip_factor=self._clip_factor
