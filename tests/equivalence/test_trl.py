@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import cutlayer
@@ -263,6 +263,34 @@ def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(
     whole, in_chunks = torch.tensor(logs)
     assert len(whole) == 3
     torch.testing.assert_close(whole, in_chunks, rtol=1e-4, atol=1e-4)
+
+
+class Interrupt(TrainerCallback):
+    """A user's Ctrl-C between the parts of a step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Press it."""
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_step_is_in_no_later_one(llama: Site, tmp_path: Path):
+    """A trainer that is stopped in the middle of a step and begins again begins anew."""
+
+    def trained(model: Any, folder: Path) -> dict[str, Any]:
+        trainer = trainer_of(model, folder, max_steps=2, optim="sgd", warmup_steps=0)
+        interrupt = Interrupt()
+        trainer.add_callback(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(interrupt)
+        trainer.train()
+        return adapter_of(model)
+
+    expected = trained(llama.unsplit(), tmp_path / "whole")
+    with llama.connect() as split:
+        found = trained(split, tmp_path)
+
+    assert equal(expected, found)
 
 
 def test_a_step_that_is_left_out_clips_nothing_later(llama: Site):

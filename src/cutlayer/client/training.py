@@ -47,6 +47,8 @@ class TrunkOptimizer:
             for name, p in model.named_parameters()  # type: ignore[attr-defined]
             if p.requires_grad
         }
+        # A trainer drops gradients so: after each step, and when it begins after an interruption.
+        _call_after(model, "zero_grad", self._zeroed)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the trunk step whenever `optimizer` steps.
