@@ -74,6 +74,20 @@ def test_a_half_written_checkpoint_does_not_count(llama: Site, tmp_path: Path):
         assert equal(calm, adapter_of(split))
 
 
+def test_a_checkpoint_of_another_folder_is_the_same_on_both_sides(llama: Site, tmp_path: Path):
+    """Whose path is given is resumed, though the run's own folder has one of that step."""
+    for name, settings in (("mine", {}), ("theirs", {"learning_rate": 3e-3})):
+        with llama.connect(run=f"{name}-elsewhere") as split:
+            trainer_of(split, tmp_path / name, **SAVING, **settings).train()
+            ended = adapter_of(split)
+    theirs = {**SAVING, "learning_rate": 3e-3}
+
+    with llama.connect(run="mine-elsewhere") as split:
+        trainer = trainer_of(split, tmp_path / "mine", **theirs)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-4"))
+        assert equal(ended, adapter_of(split))
+
+
 def test_a_resumed_run_outlives_the_checkpoint_it_began_from(
     llama: Site, certs: Path, tmp_path: Path
 ):

@@ -61,6 +61,7 @@ class SplitModel:
         tuning: Finds `chunks` in the first steps, if that was asked for.
         laps: The seconds of the last batch that was done by arrival.
         by_rows: Runs the bottom for rows that never left before, if rows are sent once.
+        resumes_from: The checkpoint from which a trainer goes on.
     """
 
     connection: Connection
@@ -77,6 +78,7 @@ class SplitModel:
     tuning: Tuning | None = None
     laps: Laps | None = None
     by_rows: ByRows | None = None
+    resumes_from: Path | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.

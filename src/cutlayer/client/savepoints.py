@@ -77,6 +77,7 @@ def keep_both_halves(trainer: Any, model: SplitModel) -> None:
             resume_from_checkpoint = str(newest) if newest else None
             if newest is None:
                 log.warning("there is no checkpoint yet that both sides hold: beginning at step 0")
+        model.resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return train(resume_from_checkpoint, *args, **kwargs)
 
     trainer._save_checkpoint, trainer.train = saving, training
@@ -88,7 +89,8 @@ def load_both_halves(trainer: Any, model: SplitModel, step: int) -> None:
     Raises:
         Refused: If the server does not hold it.
     """
-    record = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / RECORD
+    beside = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    record = (model.resumes_from or beside) / RECORD  # which may be another run's
     run = ""
     if record.is_file():
         told = json.loads(record.read_text())
