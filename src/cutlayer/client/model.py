@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from cutlayer.client.ahead import Ahead
 from cutlayer.client.by_rows import ByRows
-from cutlayer.client.checkpoint import read_adapter, write_adapter
+from cutlayer.client.checkpoint import PARTIAL_NOTE, read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
 from cutlayer.client.handshake import check_adapter
@@ -242,8 +242,13 @@ class SplitModel:
         mine = self.own_adapter()
         if mine.keys() - state.keys():
             raise Refused(f"adapter '{folder}' lacks {sorted(mine.keys() - state.keys())[0]}")
-        set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
         trunk = {name: tensor for name, tensor in state.items() if name not in mine}
+        if self.plan.trunk.targets and not trunk and not (folder / PARTIAL_NOTE).exists():
+            raise Refused(
+                f"adapter '{folder}' has nothing for the trunk, which has a LoRA in this session: "
+                "leave trunk out of split_train, or name another adapter"
+            )
+        set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
         if trunk:
             self.connection.request(pb.Head(import_adapter=pb.ImportAdapter()), trunk).wait()
 
