@@ -90,6 +90,12 @@ def test_every_optimizer_of_the_table_is_exact(llama: Site, optimizer: type):
     same_run(llama, llama.connect(), llama.unsplit(), steps=3, accumulate=2, kind=optimizer)
 
 
+def test_a_setting_that_cannot_be_told_is_refused(llama: Site):
+    """Adafactor's `eps` is a pair; any but the default would be the client's alone."""
+    with llama.connect() as split, pytest.raises(ConfigError, match="leave it at its default"):
+        Loop.over(split, kind=torch.optim.Adafactor, eps=(1e-2, 1e-1))
+
+
 @pytest.mark.parametrize(
     "train",
     [("trunk",), ("trunk", "top"), ("bottom", "trunk"), ("bottom",), ("top",), ("bottom", "top")],

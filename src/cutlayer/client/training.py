@@ -9,6 +9,7 @@ reply.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -54,7 +55,8 @@ class TrunkOptimizer:
         """Make the trunk step whenever `optimizer` steps.
 
         Raises:
-            ConfigError: If the server has no optimizer of this name.
+            ConfigError: If the server has no optimizer of this name, or cannot be told how it is
+                set.
         """
         offered = list(self._model.connection.offer.optimizers)
         name = type(optimizer).__name__
@@ -63,6 +65,7 @@ class TrunkOptimizer:
                 f"optimizer {type(optimizer).__module__}.{name} cannot run at the server: choose "
                 f"one of torch.optim's {', '.join(offered)} (--optim adamw_torch)"
             )
+        _refuse_untold(optimizer)
         if self._followed is not optimizer:  # a trainer that trains again keeps its optimizer
             optimizer.register_step_post_hook(self._stepped)
             self._followed, self._declared = optimizer, False
@@ -184,6 +187,20 @@ def _group_of(group: dict[str, Any], names: list[str]) -> pb.ParamGroup:
         elif key == "betas":
             told.betas.extend(map(float, value))
     return told
+
+
+def _refuse_untold(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a setting that is none of what `_group_of` tells: the trunk would have the default."""
+    defaults = inspect.signature(type(optimizer)).parameters
+    for group in optimizer.param_groups:
+        told = _group_of(group, [])
+        for key in group.keys() & defaults.keys() - {*told.numbers, *told.flags, "betas", "params"}:
+            default = defaults[key].default
+            if group[key] != default:
+                raise ConfigError(
+                    f"{type(optimizer).__name__}'s {key}={group[key]} cannot be told to the "
+                    f"server: leave it at its default, {default}"
+                )
 
 
 class _TrainerLink(TrainerCallback):
