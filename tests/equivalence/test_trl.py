@@ -235,13 +235,15 @@ def test_routers_loss_is_refused_and_a_mixture_without_it_exact(
     assert equal(adapter_of(whole), adapter)
 
 
+@pytest.mark.parametrize("in_column", [False, True])
 def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(
-    folder_of: Any, certs: Path, tmp_path: Path
+    folder_of: Any, certs: Path, tmp_path: Path, in_column: bool
 ):
     """A Trainer tells every model how many items a batch has; a classifier's loss is a mean."""
     task = "sequence-classification"
     site = site_of(folder_of("llama", task=task), certs, tmp_path / "state", task=task)
-    rows = [{"input_ids": [20 + i, 30 + i, 40], "labels": i % 3} for i in range(8)]
+    labels = [[i % 3] if in_column else i % 3 for i in range(8)]
+    rows = [{"input_ids": [20 + i, 30 + i, 40], "labels": labels[i]} for i in range(8)]
     logs = []
     for chunks in (1, 2):
         config = lora(task, target_modules=["q_proj", "up_proj"])
