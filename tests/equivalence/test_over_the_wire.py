@@ -13,7 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cutlayer.client.remote_trunk import Sent
-from cutlayer.errors import ConfigError
+from cutlayer.errors import CannotCut, ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
 from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
 
@@ -144,6 +144,18 @@ def test_chunked_is_unchunked_to_rounding(folder_of, serve):
     torch.testing.assert_close(one, three, rtol=0, atol=1e-5)
 
 
+def test_a_tuple_in_chunks_is_the_tuple_in_one_piece(llama: Site):
+    """Whoever asks for a tuple gets one, whatever the chunks."""
+    seen = []
+    for chunks in (1, 2):
+        with llama.connect(chunks=chunks) as split:
+            loss, logits = split.train()(**batch_of(1), use_cache=False, return_dict=False)
+            loss.backward()
+            seen.append([loss, logits, split.connection.norms])
+
+    assert equal(*seen)
+
+
 def test_float64_is_exact(folder_of, serve):
     """A model in float64 is as exact as one in float32."""
     site = serve(folder_of("llama", dtype=torch.float64), dtype="float64")
@@ -217,6 +229,13 @@ def test_generation_is_exact(folder_of, serve, model_type: str, name: str):
         found = split.generate(**asked)
 
     assert equal(expected, found)
+
+
+def test_a_static_cache_is_refused(llama: Site):
+    """What a cache of a fixed length asks of the trunk is told before anything is sent."""
+    asked = {"max_new_tokens": 3, "pad_token_id": 0, "cache_implementation": "static"}
+    with llama.connect() as split, pytest.raises(CannotCut, match="set it to 'dynamic'"):
+        split.eval().generate(input_ids=batch_of(1)["input_ids"], **asked)
 
 
 def test_generation_between_forward_and_backward_disturbs_nothing(llama: Site):

@@ -98,6 +98,8 @@ class SplitModel:
         if self.tuning and self.training and torch.is_grad_enabled() and rows > 1:  # type: ignore[attr-defined]
             self.chunks = self.tuning.chunks_for(rows, self.laps)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
+        # Outputs are joined by their names, which a tuple has not.
+        whole = whole or kwargs.get("return_dict") is False
         if whole or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         parts = [rows_of(kwargs, rows, span) for span in spans(rows, self.chunks)]
