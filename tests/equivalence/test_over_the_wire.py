@@ -13,6 +13,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
 from cutlayer.client.remote_trunk import Sent
+from cutlayer.errors import CannotCut, ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
 from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
 
@@ -89,6 +90,12 @@ def test_every_optimizer_of_the_table_is_exact(llama: Site, optimizer: type):
     same_run(llama, llama.connect(), llama.unsplit(), steps=3, accumulate=2, kind=optimizer)
 
 
+def test_a_setting_that_cannot_be_told_is_refused(llama: Site):
+    """Adafactor's `eps` is a pair; any but the default would be the client's alone."""
+    with llama.connect() as split, pytest.raises(ConfigError, match="leave it at its default"):
+        Loop.over(split, kind=torch.optim.Adafactor, eps=(1e-2, 1e-1))
+
+
 @pytest.mark.parametrize(
     "train",
     [("trunk",), ("trunk", "top"), ("bottom", "trunk"), ("bottom",), ("top",), ("bottom", "top")],
@@ -135,6 +142,18 @@ def test_chunked_is_unchunked_to_rounding(folder_of, serve):
     (one_seen, one), (three_seen, three) = runs
     torch.testing.assert_close(one_seen, three_seen, rtol=1e-5, atol=1e-5)
     torch.testing.assert_close(one, three, rtol=0, atol=1e-5)
+
+
+def test_a_tuple_in_chunks_is_the_tuple_in_one_piece(llama: Site):
+    """Whoever asks for a tuple gets one, whatever the chunks."""
+    seen = []
+    for chunks in (1, 2):
+        with llama.connect(chunks=chunks) as split:
+            loss, logits = split.train()(**batch_of(1), use_cache=False, return_dict=False)
+            loss.backward()
+            seen.append([loss, logits, split.connection.norms])
+
+    assert equal(*seen)
 
 
 def test_float64_is_exact(folder_of, serve):
@@ -212,6 +231,13 @@ def test_generation_is_exact(folder_of, serve, model_type: str, name: str):
     assert equal(expected, found)
 
 
+def test_a_static_cache_is_refused(llama: Site):
+    """What a cache of a fixed length asks of the trunk is told before anything is sent."""
+    asked = {"max_new_tokens": 3, "pad_token_id": 0, "cache_implementation": "static"}
+    with llama.connect() as split, pytest.raises(CannotCut, match="set it to 'dynamic'"):
+        split.eval().generate(input_ids=batch_of(1)["input_ids"], **asked)
+
+
 def test_generation_between_forward_and_backward_disturbs_nothing(llama: Site):
     """Generating, and evaluating, while a batch waits for its backward, changes no gradient."""
     batch, prompt = batch_of(1), batch_of(2)["input_ids"][:1]
@@ -245,6 +271,20 @@ def test_base_model_shows_through_when_the_adapter_is_disabled(llama: Site):
 
     with torch.no_grad():
         assert torch.equal(base(**batch).logits, found)
+
+
+def test_half_an_adapter_is_no_reference_and_no_merge(llama: Site):
+    """A second adapter, as TRL's DPO makes for its reference, and a merge are refused."""
+    with llama.connect() as split:
+        split.set_adapter("default")
+        with pytest.raises(ConfigError, match="give it a ref_model"):
+            split.add_adapter("ref", split.peft_config["default"])
+        with pytest.raises(ConfigError, match="'ref' was asked for"):
+            split.set_adapter("ref")
+        with pytest.raises(ConfigError, match="merge it into the whole model"):
+            split.merge_and_unload()
+
+        assert list(split.peft_config) == ["default"]
 
 
 def test_saved_adapter_is_taken_up_again_on_both_sides(llama: Site, tmp_path):

@@ -356,6 +356,17 @@ def test_what_would_not_be_the_same_each_time_is_refused(keeping: Site, name: st
     assert keeping.server.sessions.in_memory() == []
 
 
+def test_a_bottom_that_draws_is_refused_whatever_it_draws_for(
+    folder_of: Callable[..., Path], certs: Path, tmp_path: Path
+):
+    """PhiMoE picks its experts at random in training, and has no number that says so."""
+    site = site_of(folder_of("phimoe"), certs, tmp_path, row_ttl_s=1000.0)
+    settings = {"train": FROZEN, "peft_config": lora(target_modules=["q_proj"])}
+    with pytest.raises(ConfigError, match="draws random numbers in training"):
+        site.connect(send_once=True, **settings)
+    site.server.stop(0.5)
+
+
 def test_a_server_that_keeps_no_rows_says_so(llama: Site):
     """What the server offers is known before anything is sent."""
     with pytest.raises(Refused, match="--send_once_ttl_s"):

@@ -4,10 +4,12 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+from cutlayer.errors import Refused
 from tests.site import Loop, Site, batch_of, lora
 
 
@@ -26,3 +28,12 @@ def test_an_adapter_taken_up_evaluates_without_dropout(llama: Site, tmp_path):
     stock = PeftModel.from_pretrained(base, tmp_path / "adapter").eval()
     with torch.no_grad():
         assert torch.equal(stock(**batch).logits, found)
+
+
+def test_an_adapter_without_the_trunks_half_is_refused(llama: Site, tmp_path):
+    """An adapter of the ends alone leaves no trunk as it happens to be."""
+    with llama.connect(train=("bottom", "top")) as split:
+        split.save_pretrained(tmp_path)
+
+    with llama.connect() as again, pytest.raises(Refused, match="has nothing for the trunk"):
+        again.take_up(tmp_path)

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, Trainer, TrainerCallback, TrainingArguments
 from trl import SFTConfig, SFTTrainer
 
 import cutlayer
-from tests.site import Site, adapter_of, batch_of, equal, lora, site_of
+from cutlayer.errors import CannotCut, ConfigError
+from tests.site import Loop, Site, adapter_of, batch_of, equal, lora, site_of
 from tests.tokens import dataset, tokenizer
 
 WORDS = ("loss", "grad_norm", "learning_rate", "eval_loss")
@@ -89,6 +90,23 @@ def test_twenty_steps_are_those_of_the_unsplit_trainer(llama: Site, whole_run: A
     assert len(logged(trainer)) >= 20
     assert logged(whole_trainer) == logged(trainer)
     assert min(entry.get("grad_norm", 1) for entry in logged(trainer)) > 0.05
+    assert equal(adapter_of(whole), adapter)
+
+
+def test_attaching_twice_is_attaching_once(llama: Site, tmp_path: Path):
+    """A cell of a notebook that is run again neither steps the trunk twice nor leaves clipping."""
+    whole = llama.unsplit()
+    trainer_of(whole, tmp_path / "whole", max_steps=4).train()
+
+    with llama.connect() as split:
+        trainer = trainer_of(split, tmp_path, max_steps=4)
+        first = cutlayer.attach(trainer)
+        assert cutlayer.attach(trainer) is first
+        trainer.train()
+        adapter = adapter_of(split)
+        loop = Loop.over(split)
+        assert cutlayer.attach(loop.optimizer, split) is cutlayer.attach(loop.optimizer, split)
+
     assert equal(adapter_of(whole), adapter)
 
 
@@ -194,13 +212,38 @@ def test_dropout_is_the_same_from_run_to_run(llama: Site, tmp_path: Path):
     assert all(not equal(same[name], without[name]) for name in of_trunk)
 
 
+def test_routers_loss_is_refused_and_a_mixture_without_it_exact(
+    folder_of: Any, serve: Any, tmp_path: Path
+):
+    """TRL adds the balancing loss of all routers by default, and the trunk's are elsewhere."""
+    site, config = serve(folder_of("mixtral")), lora(target_modules=["q_proj", "v_proj"])
+    without = {"router_aux_loss_coef": 0.0, "max_steps": 3}
+    whole = site.unsplit(config)
+    trainer_of(whole, tmp_path / "whole", **without).train()
+
+    with site.connect(peft_config=config) as split:
+        with pytest.raises(ConfigError, match="router_aux_loss_coef to"):
+            trainer_of(split, tmp_path)
+        trainer_of(split, tmp_path, **without).train()
+        adapter = adapter_of(split)
+        with pytest.raises(CannotCut, match="output_router_logits"):
+            split(**batch_of(1), output_router_logits=True)
+        split.config.output_router_logits = True
+        with pytest.raises(CannotCut, match="also of the model's config"):
+            split(**batch_of(1))
+
+    assert equal(adapter_of(whole), adapter)
+
+
+@pytest.mark.parametrize("in_column", [False, True])
 def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(
-    folder_of: Any, certs: Path, tmp_path: Path
+    folder_of: Any, certs: Path, tmp_path: Path, in_column: bool
 ):
     """A Trainer tells every model how many items a batch has; a classifier's loss is a mean."""
     task = "sequence-classification"
     site = site_of(folder_of("llama", task=task), certs, tmp_path / "state", task=task)
-    rows = [{"input_ids": [20 + i, 30 + i, 40], "labels": i % 3} for i in range(8)]
+    labels = [[i % 3] if in_column else i % 3 for i in range(8)]
+    rows = [{"input_ids": [20 + i, 30 + i, 40], "labels": labels[i]} for i in range(8)]
     logs = []
     for chunks in (1, 2):
         config = lora(task, target_modules=["q_proj", "up_proj"])
@@ -222,6 +265,34 @@ def test_a_classifier_in_chunks_is_the_classifier_in_one_piece(
     whole, in_chunks = torch.tensor(logs)
     assert len(whole) == 3
     torch.testing.assert_close(whole, in_chunks, rtol=1e-4, atol=1e-4)
+
+
+class Interrupt(TrainerCallback):
+    """A user's Ctrl-C between the parts of a step."""
+
+    def on_substep_end(self, args: Any, state: Any, control: Any, **_kwargs: Any) -> None:
+        """Press it."""
+        raise KeyboardInterrupt
+
+
+def test_an_interrupted_step_is_in_no_later_one(llama: Site, tmp_path: Path):
+    """A trainer that is stopped in the middle of a step and begins again begins anew."""
+
+    def trained(model: Any, folder: Path) -> dict[str, Any]:
+        trainer = trainer_of(model, folder, max_steps=2, optim="sgd", warmup_steps=0)
+        interrupt = Interrupt()
+        trainer.add_callback(interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            trainer.train()
+        trainer.remove_callback(interrupt)
+        trainer.train()
+        return adapter_of(model)
+
+    expected = trained(llama.unsplit(), tmp_path / "whole")
+    with llama.connect() as split:
+        found = trained(split, tmp_path)
+
+    assert equal(expected, found)
 
 
 def test_a_step_that_is_left_out_clips_nothing_later(llama: Site):

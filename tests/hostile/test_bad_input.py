@@ -248,6 +248,20 @@ def test_another_protocol(llama: Site, monkeypatch: pytest.MonkeyPatch):
         llama.connect()
 
 
+def test_a_server_full_of_streams_still_answers(
+    llama: Site, certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    """Who comes when each allowed session has its stream is told so, and may close and ask."""
+    monkeypatch.setattr("cutlayer.server.app._CONTROL_CALLS", 1)
+    site = site_of(llama.folder, certs, tmp_path / "state", limits=Limits(max_sessions=2))
+    with site.connect() as one, site.connect() as other:
+        for model in (one, other):
+            model.connection.request(pb.Head(echo=pb.Echo())).wait()
+        with pytest.raises(Refused, match="2 sessions are open"):
+            site.connect(connect_timeout_s=5.0)
+    site.server.stop(grace_s=0.5)
+
+
 def test_a_server_that_is_full(llama: Site, certs: Path, tmp_path: Path):
     """One session more than the server allows is refused; a closed one makes room."""
     site = site_of(llama.folder, certs, tmp_path / "state", limits=Limits(max_sessions=1))

@@ -162,6 +162,26 @@ def test_replies_that_are_never_acknowledged_end_in_a_refusal(site: Site):
     assert "not acknowledged" in head.failure.message
 
 
+def test_requests_that_wait_take_no_more_than_one_may(llama: Site, certs: Path, tmp_path: Path):
+    """A stream is not read on while its requests wait for the trunk and fill the memory."""
+    limits = Limits(max_message_bytes=1 << 20)
+    site = site_of(llama.folder, certs, tmp_path, limits=limits)
+    sessions, held, gate = site.server.sessions, threading.Event(), threading.Event()
+    with site.connect() as split:
+        sessions.on_trunk(lambda: held.set() or gate.wait(), "gate")
+        held.wait()
+        payload = {"payload": torch.ones(100_000)}  # 0.4 of 1.05 MB
+        asked = [split.connection.request(pb.Head(echo=pb.Echo()), payload) for _ in range(8)]
+        time.sleep(1.0)
+        waiting = sessions.waiting()
+        gate.set()
+        answers = [pending.wait()["payload"] for pending in asked]
+    site.server.stop(0)
+
+    assert waiting == 2
+    assert all(torch.equal(answer, payload["payload"]) for answer in answers)
+
+
 def test_a_number_of_replies_that_is_none_is_refused(site: Site):
     """`cutlayer-received` is a number or the stream is refused."""
     with site.connect(run="words") as split, channel_to(site) as channel:

@@ -90,6 +90,27 @@ def test_a_reply_that_cannot_be_written_fails_its_request_alone(
     assert out.shape == (1, 2, HIDDEN)
 
 
+@pytest.mark.parametrize("keep_graph", [False, True])
+def test_a_forward_that_fails_leaves_no_cache(
+    llama: Site, monkeypatch: pytest.MonkeyPatch, keep_graph: bool
+):
+    """A cache of half the layers is not kept: its session would be within a step for ever."""
+
+    def fail(*_args: Any, **_kwargs: Any) -> None:
+        raise torch.OutOfMemoryError("no room for this layer")
+
+    with llama.connect(run="half-a-cache") as split:
+        (session,) = [s for s in llama.server.sessions.in_memory() if s.run == "half-a-cache"]
+        layer = session.trunk.anatomy.layers(session.trunk.model)[3]
+        monkeypatch.setattr(layer, "forward", fail)
+        asked = pb.Forward(keep_graph=keep_graph, cache=1)
+        smashed = {"smashed": torch.ones(1, 2, HIDDEN)}
+        with pytest.raises(Refused, match="has not the memory"):
+            split.connection.request(pb.Head(forward=asked), smashed).wait()
+
+        assert session.is_between_steps()
+
+
 def test_a_mark_that_a_kill_left_gives_way_to_the_next_of_its_number(tmp_path: Path):
     """A folder that no journal names does not stop the mark of the same request."""
     store = Store(tmp_path)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -14,6 +15,7 @@ import torch
 from benchmarks.proxy import Proxy
 from cutlayer.errors import Refused
 from cutlayer.server.access import Limits
+from cutlayer.wire import cutlayer_pb2 as pb
 from tests.resilience.test_savepoints import until
 from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, lora, site_of
 
@@ -107,14 +109,15 @@ def test_a_killed_server_goes_on_where_it_was(llama: Site, certs: Path, tmp_path
     assert equal(calm, rough)
 
 
+@pytest.mark.parametrize("train", [("bottom", "trunk", "top"), ("bottom", "top")])
 def test_a_mark_shortens_what_is_sent_again(
-    llama: Site, certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    llama: Site, certs: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, train: Any
 ):
     """With a mark on the disk only what came after it is asked again, and the end is the same."""
     monkeypatch.setattr("cutlayer.client.connection._MARK_AFTER_S", 0.0)
     server = ServerProcess(llama.folder, certs, tmp_path)
     site = Site(llama.folder, certs, server)
-    with site.connect(seed=3, lease_s=60.0) as split:
+    with site.connect(seed=3, lease_s=60.0, train=train) as split:
         loop = Loop.over(split)
         for step in range(4):
             loop.step(batch_of(step))
@@ -122,17 +125,30 @@ def test_a_mark_shortens_what_is_sent_again(
         while split.connection._log.trimmed_to == 0 and time.monotonic() < deadline:
             with torch.no_grad():
                 split(**batch_of(9))  # any reply tells what is durable
+        was_marked = split.connection._log.trimmed_to > 0
         server.kill()
         again = ServerProcess(llama.folder, certs, tmp_path, port=server.port)
         loop.step(batch_of(4))
         rough, resent = adapter_of(split), split.connection.traffic.resent
     again.kill()
-    with llama.connect(seed=3) as split:
+    with llama.connect(seed=3, train=train) as split:
         loop = Loop.over(split)
         for step in range(5):
             loop.step(batch_of(step))
         assert equal(adapter_of(split), rough)
+    assert was_marked
     assert resent < 12
+
+
+def test_forwards_that_had_no_backward_are_not_asked_again(llama: Site):
+    """An evaluation whose author forgot `no_grad` leaves nothing in the log, a step or none."""
+    with llama.connect() as split:
+        for seed in range(4):
+            split.train()(**batch_of(seed))
+            gc.collect()
+        split.connection.request(pb.Head(echo=pb.Echo())).wait()
+
+        assert not split.connection._log._entries
 
 
 def test_sigterm_drains(llama: Site, certs: Path, tmp_path: Path):

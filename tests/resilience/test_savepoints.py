@@ -23,7 +23,7 @@ from cutlayer.client.savepoints import RECORD, newest_checkpoint
 from cutlayer.errors import StorageError
 from tests.cli.test_by_hand import saved_tiny, write_rows, write_run
 from tests.equivalence.test_trl import stop_after, trainer_of
-from tests.site import ServerProcess, Site, adapter_of, equal, site_of
+from tests.site import ServerProcess, Site, adapter_of, batch_of, equal, site_of
 from tests.tokens import dataset
 
 SAVING = {"save_strategy": "steps", "save_steps": 2, "max_steps": 8}
@@ -72,6 +72,49 @@ def test_a_half_written_checkpoint_does_not_count(llama: Site, tmp_path: Path):
         trainer = trainer_of(split, tmp_path / "torn", **SAVING)
         trainer.train(resume_from_checkpoint=True)
         assert equal(calm, adapter_of(split))
+
+
+def test_a_checkpoint_of_another_folder_is_the_same_on_both_sides(llama: Site, tmp_path: Path):
+    """Whose path is given is resumed, though the run's own folder has one of that step."""
+    for name, settings in (("mine", {}), ("theirs", {"learning_rate": 3e-3})):
+        with llama.connect(run=f"{name}-elsewhere") as split:
+            trainer_of(split, tmp_path / name, **SAVING, **settings).train()
+            ended = adapter_of(split)
+    theirs = {**SAVING, "learning_rate": 3e-3}
+
+    with llama.connect(run="mine-elsewhere") as split:
+        trainer = trainer_of(split, tmp_path / "mine", **theirs)
+        trainer.train(resume_from_checkpoint=str(tmp_path / "theirs" / "checkpoint-4"))
+        assert equal(ended, adapter_of(split))
+
+
+@pytest.mark.parametrize("keep_adapter", [False, True])
+def test_the_best_checkpoint_is_the_best_on_both_sides(
+    llama: Site, certs: Path, tmp_path: Path, keep_adapter: bool
+):
+    """`load_best_model_at_end` goes back to one step here and there, whoever keeps the adapter."""
+    best = {
+        **SAVING,
+        "eval_strategy": "steps",
+        "eval_steps": 2,
+        "load_best_model_at_end": True,
+        "metric_for_best_model": "eval_loss",
+        "greater_is_better": True,  # so that it is the first and not the last
+    }
+    whole, site = llama.unsplit(), site_of(llama.folder, certs, tmp_path, keep_adapter=keep_adapter)
+    trainer = trainer_of(whole, tmp_path / "whole", **best)
+    trainer.train()
+    with torch.no_grad():
+        expected = whole.eval()(**batch_of(5)).logits
+
+    with site.connect() as split:
+        trainer_of(split, tmp_path / "split", **best).train()
+        with torch.no_grad():
+            found = split.eval()(**batch_of(5)).logits
+    site.server.stop(grace_s=0.5)
+
+    assert trainer.state.best_model_checkpoint.endswith("checkpoint-2")
+    assert equal(expected, found)
 
 
 def test_a_resumed_run_outlives_the_checkpoint_it_began_from(

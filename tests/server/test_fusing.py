@@ -18,6 +18,8 @@ from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import NotFinite
+from cutlayer.server.fused_batch import CannotFuse, _with_loras_of
+from cutlayer.server.fusing import Fuser
 from cutlayer.wire import cutlayer_pb2 as pb
 from tests.site import Site, adapter_of, site_of
 
@@ -55,6 +57,7 @@ class Tenant:
             training=True,
             keep_graph=True,
             wants_gradient=True,
+            cache=self.step + 1,  # as models have it in training unless they are told otherwise
         )
         self._out = self.model.remote_trunk.link.forward(self.smashed_BTD, question)
 
@@ -180,6 +183,46 @@ def test_each_of_a_batch_is_as_if_it_were_alone(house: House):
 
     for mine in together:
         see_as_alone(house, mine, 4)
+
+
+def test_what_is_computed_together_is_charged_by_tokens(house: House):
+    """Forward and backward of a batch cost each tenant as many seconds as it has tokens."""
+    few, many = house.tenant("ward-a", 1, 1, "together"), house.tenant("ward-b", 2, 7, "together")
+    few.mask_BT.fill_(1)
+    house.steps([few, many], 2)  # the first of a kind is looked at, too
+    sessions = {s.tenant: s for s in house.site.server.sessions.in_memory()}
+    seen: dict[str, list[float]] = {"ward-a": [], "ward-b": []}
+    ahead, fuser = Fuser.ahead, house.site.server.sessions.fuser
+
+    @contextlib.contextmanager
+    def noting(joints: Sequence[Any]) -> Iterator[list[float]]:
+        with ahead(fuser, joints) as seconds:
+            for joint, mine_s in zip(joints, seconds, strict=True):
+                assert sessions[joint.what.session.tenant].ahead_s == mine_s
+                seen[joint.what.session.tenant].append(mine_s)
+            yield seconds
+
+    fuser.ahead = noting
+    house.steps([few, many], 1)
+
+    assert len(seen["ward-a"]) == 2
+    for less_s, more_s in zip(seen["ward-a"], seen["ward-b"], strict=True):
+        assert more_s == pytest.approx(14 * less_s)
+
+
+def test_a_tree_that_cannot_be_fused_is_left_as_it_was(house: House):
+    """If one layer's LoRA is of another kind, no layer keeps running that of others."""
+    house.forward([house.tenant(name, *SHAPES[name], run="together") for name in list(SHAPES)[:2]])
+    first, second = (s.trunk for s in house.site.server.sessions.in_memory())
+    first.loras[-1].lora_variant = {"default": "of another kind"}
+
+    with (
+        pytest.raises(CannotFuse, match="no plain LoRA"),
+        _with_loras_of([first, second], first, (2, 7)),
+    ):
+        pass
+
+    assert not any("forward" in vars(layer) for layer in first.loras)
 
 
 def test_what_overflows_at_one_does_not_reach_another(house: House):

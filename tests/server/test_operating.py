@@ -141,3 +141,14 @@ def test_one_server_has_a_folder(tmp_path: Path):
     first.close()
     assert server_in(tmp_path) is None
     Presence(tmp_path).close()
+
+
+def test_numbers_that_no_server_can_have_are_refused(capsys: pytest.CaptureFixture[str]):
+    """All at once; a lease of no time would have the server look for silent tenants without end."""
+    words = ["--model_name_or_path", "x", "--split_bottom_layers", "1", "--split_top_layers", "1"]
+    wrong = ["--lease_s", "0", "--max_sessions", "0", "--fuse_tokens", "-1"]
+
+    assert main(["serve", *words, *wrong, "--plaintext", "--send_once_ttl_s", "nan"]) == 2
+    told = capsys.readouterr().err
+    for flag in ("--lease_s 0.0", "--max_sessions 0", "--fuse_tokens -1", "--send_once_ttl_s nan"):
+        assert f"{flag} must be at least" in told

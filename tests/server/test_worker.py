@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import pytest
 
-from cutlayer.server.worker import TrunkThread
+from cutlayer.server.worker import Joint, TrunkThread
 
 QUANTUM_S = 0.05
 
@@ -142,6 +143,42 @@ def test_who_holds_a_graph_and_asks_without_end_lets_others_begin(
 
     before = books.done.index(("modest", "forward"))
     assert 1 <= before <= quanta * 0.01 / seconds + 1
+
+
+class Company:
+    """Work of all tenants that has a `Joint` is done together."""
+
+    def awaited(self, _joint: Joint) -> set[str]:
+        """Return them all."""
+        return {"small", "little", "evaluates"}
+
+    @contextlib.contextmanager
+    def ahead(self, joints: Sequence[Joint]) -> Iterator[list[float]]:
+        """Compute nothing ahead."""
+        yield [0.0] * len(joints)
+
+
+def test_who_is_awaited_gets_no_more_than_its_share_meanwhile(books: Books):
+    """A tenant that evaluates without end does so before others' batch a quantum long at most."""
+    thread = TrunkThread(books.holders, quantum_s=QUANTUM_S, together=Company())
+    ahead_s: list[float] = []
+
+    def note() -> None:
+        ahead_s.append(books.seconds["evaluates"] - books.seconds["small"])
+
+    def hand_all_in() -> None:
+        hand_in(thread, books, "evaluates", *["decode"] * 100, seconds=0.02)
+        for _ in range(5):
+            for tenant in ("small", "little"):
+                do = books.work(tenant, "forward", 0.01)
+                thread.submit(do, tenant, begins=True, joint=Joint("forward", 1, None))
+                thread.submit(books.work(tenant, "backward", 0.01), tenant, ends=True)
+            thread.submit(note, "small")
+
+    together(thread, hand_all_in)
+
+    assert len(ahead_s) == 5
+    assert max(ahead_s) <= 2 * QUANTUM_S
 
 
 def test_the_time_is_shared_evenly_however_much_one_asks(thread: TrunkThread, books: Books):

@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.watch import Watch
 
     begin_log(args.log_format)
+    _refuse_out_of_bounds(args)
     settle(args.threads)
     _allow_many_connections()
     auth = _auth(args)
@@ -126,8 +127,8 @@ def run(args: argparse.Namespace) -> int:
         quotas=Quotas(**quotas_of(args)),
         limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
-        row_ttl_s=max(args.send_once_ttl_s, 0.0),
-        fuse_tokens=max(args.fuse_tokens, 0),
+        row_ttl_s=args.send_once_ttl_s,
+        fuse_tokens=args.fuse_tokens,
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -149,6 +150,17 @@ def run(args: argparse.Namespace) -> int:
     server.stop()
     presence.close()
     return 0
+
+
+def _refuse_out_of_bounds(args: argparse.Namespace) -> None:
+    least = {"lease_s": 1.0, "max_sessions": 1, "send_once_ttl_s": 0.0, "fuse_tokens": 0}
+    faults = [
+        f"--{name} {getattr(args, name)} must be at least {bound}"
+        for name, bound in least.items()
+        if not getattr(args, name) >= bound  # so that NaN is none
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
 
 
 def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: str) -> Status:

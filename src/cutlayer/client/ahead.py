@@ -23,7 +23,7 @@ from cutlayer.client.chunks import NOT_FOR_THE_BOTTOM
 from cutlayer.client.remote_trunk import RemoteTrunk
 from cutlayer.split.cut import with_hidden
 
-__all__ = ["Ahead", "look_ahead"]
+__all__ = ["Ahead", "generators", "look_ahead"]
 
 _Bypass = Callable[[], contextlib.AbstractContextManager[None]]
 
@@ -73,11 +73,9 @@ class Ahead:
             return False
         part = self._to_run.popleft()
         with torch.random.fork_rng():
-            before = _generators()
+            before = generators()
             hidden_BTD = self._remote.at_the_cut(functools.partial(run, **part))
-            is_drawn = any(
-                not torch.equal(a, b) for a, b in zip(before, _generators(), strict=True)
-            )
+            is_drawn = any(not torch.equal(a, b) for a, b in zip(before, generators(), strict=True))
         if hidden_BTD.requires_grad or is_drawn:
             self._is_constant = False  # the bottom trains or has dropout: never run it early
             return False
@@ -128,7 +126,8 @@ def _before(module: torch.nn.Module, hook: Callable[..., Any]) -> Any:
         handle.remove()
 
 
-def _generators() -> list[Tensor]:
+def generators() -> list[Tensor]:
+    """Return the states of the global generators, of the GPUs in use too."""
     return [torch.get_rng_state(), *(torch.cuda.get_rng_state_all() if _has_gpu() else ())]
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cutlayer.client.ahead import Ahead
+from cutlayer.client.ahead import Ahead, generators
 from cutlayer.client.chunks import rows_in
 from cutlayer.client.connection import Connection
 from cutlayer.client.link import TrunkLink
@@ -250,7 +250,34 @@ def _digest_of_frozen(model: nn.Module, remote: RemoteTrunk) -> bytes:
         for name, tensor in tensors:
             digest.update(f"\0{name} {tensor.dtype} {tuple(tensor.shape)}\0".encode())
             digest.update(bytes_of(tensor))
+    if _draws(model, remote):
+        raise ConfigError(
+            "split_send_once needs the same activations each time and the bottom draws random "
+            "numbers in training (a router's jitter?): turn that off in the model's config, or "
+            "leave split_send_once out"
+        )
     return digest.digest()
+
+
+def _draws(model: nn.Module, remote: RemoteTrunk) -> bool:
+    """Say whether the bottom in training draws, which no module need say in a number of its own."""
+    modes = {module: module.training for module in model.modules()}
+    try:
+        model.train()
+        with torch.random.fork_rng():
+            before = generators()
+            _run_bottom(model, remote)
+            return any(not torch.equal(a, b) for a, b in zip(before, generators(), strict=True))
+    finally:
+        for module, training in modes.items():
+            module.training = training
+
+
+def _run_bottom(model: nn.Module, remote: RemoteTrunk) -> None:
+    device = next(model.parameters()).device
+    tokens_BT = torch.ones(1, 2, dtype=torch.long, device=device)
+    with torch.no_grad():
+        remote.at_the_cut(functools.partial(model, input_ids=tokens_BT, use_cache=False))
 
 
 def _before_the_trunk(model: nn.Module, remote: RemoteTrunk) -> list[tuple[str, nn.Module]]:
@@ -262,11 +289,8 @@ def _before_the_trunk(model: nn.Module, remote: RemoteTrunk) -> list[tuple[str, 
         called.setdefault(names[id(module)].removeprefix("base_model.model."), module)
 
     handles = [module.register_forward_pre_hook(note) for module in model.modules()]
-    device = next(model.parameters()).device
-    tokens_BT = torch.ones(1, 2, dtype=torch.long, device=device)
     try:
-        with torch.no_grad():
-            remote.at_the_cut(functools.partial(model, input_ids=tokens_BT, use_cache=False))
+        _run_bottom(model, remote)
     finally:
         for handle in handles:
             handle.remove()

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cutlayer.errors import ModelError, StorageError
 
-__all__ = ["read_adapter", "write_adapter"]
+__all__ = ["PARTIAL_NOTE", "read_adapter", "write_adapter"]
 
 ADAPTER_FILE = "adapter_model.safetensors"
 PARTIAL_NOTE = "TRUNK_IS_AT_THE_SERVER"

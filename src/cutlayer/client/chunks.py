@@ -50,7 +50,8 @@ def weight_of(part: Mapping[str, Any]) -> int:
         labels = part.get("labels")
         if not isinstance(labels, Tensor):
             return rows_in(part)
-        if labels.dim() != 2 or labels.is_floating_point():
+        # A class a row may stand in a column of its own.
+        if labels.dim() != 2 or labels.is_floating_point() or labels.shape[1] == 1:
             return labels.shape[0]
         labels = labels[:, 1:]
     return int((labels != IGNORED_LABEL).sum())

@@ -48,10 +48,15 @@ class CacheNumbers:
             grad: Whether this forward will have a backward.
 
         Raises:
-            CannotCut: If the cache was filled elsewhere.
+            CannotCut: If the cache was filled elsewhere, or is of a fixed length.
         """
         if cache is None:
             return {}
+        if getattr(cache, "is_compileable", False):
+            raise CannotCut(
+                "a static KV cache cannot be split, since its masks are as long as it: leave out "
+                "cache_implementation, or set it to 'dynamic'"
+            )
         rows, tokens = hidden_BTD.shape[:2]
         past_tokens = _tokens_in(cache, self._layer)
         note_BT = torch.arange(rows, dtype=torch.float32, device=hidden_BTD.device)[:, None]

@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 
 from cutlayer.client.ahead import Ahead
 from cutlayer.client.by_rows import ByRows
-from cutlayer.client.checkpoint import read_adapter, write_adapter
+from cutlayer.client.checkpoint import PARTIAL_NOTE, read_adapter, write_adapter
 from cutlayer.client.chunks import joined, rows_in, rows_of, spans, weight_of
 from cutlayer.client.connection import Connection
 from cutlayer.client.handshake import check_adapter
@@ -61,6 +61,7 @@ class SplitModel:
         tuning: Finds `chunks` in the first steps, if that was asked for.
         laps: The seconds of the last batch that was done by arrival.
         by_rows: Runs the bottom for rows that never left before, if rows are sent once.
+        resumes_from: The checkpoint from which a trainer goes on.
     """
 
     connection: Connection
@@ -77,6 +78,7 @@ class SplitModel:
     tuning: Tuning | None = None
     laps: Laps | None = None
     by_rows: ByRows | None = None
+    resumes_from: Path | None = None
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         """Run the model; a training batch goes in micro-chunks if `chunks` is more than one.
@@ -96,6 +98,8 @@ class SplitModel:
         if self.tuning and self.training and torch.is_grad_enabled() and rows > 1:  # type: ignore[attr-defined]
             self.chunks = self.tuning.chunks_for(rows, self.laps)
         whole = self.chunks == 1 or args or rows < 2 or kwargs.get("past_key_values") is not None
+        # Outputs are joined by their names, which a tuple has not.
+        whole = whole or kwargs.get("return_dict") is False
         if whole or not torch.is_grad_enabled():
             return run(*args, **kwargs)
         parts = [rows_of(kwargs, rows, span) for span in spans(rows, self.chunks)]
@@ -209,10 +213,25 @@ class SplitModel:
 
     def load_adapter(self, model_id: str | Path, *args: Any, **kwargs: Any) -> Any:
         """Take up an adapter on both sides, or let peft load one of another name on ours."""
-        name = args[0] if args else kwargs.get("adapter_name", ADAPTER)
-        if name != ADAPTER:
-            raise ConfigError(f"a split model has one adapter, '{ADAPTER}': '{name}' was asked for")
+        _refuse_another(args[0] if args else kwargs.get("adapter_name", ADAPTER))
         self.take_up(Path(model_id))
+
+    def add_adapter(self, adapter_name: str, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse a second adapter: the trunk would run the first one with it."""
+        _refuse_another(adapter_name)
+        raise ConfigError(f"the adapter '{ADAPTER}' is there already: connect() has put it on")
+
+    def set_adapter(self, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Activate the one adapter that there is."""
+        _refuse_another(adapter_name)
+        return super().set_adapter(adapter_name, *args, **kwargs)  # type: ignore[misc]
+
+    def merge_and_unload(self, *_args: Any, **_kwargs: Any) -> Any:
+        """Refuse a merge, which would be of the client's half alone."""
+        raise ConfigError(
+            "the trunk's weights are elsewhere, so the adapter cannot be merged here: save it "
+            "(save_pretrained) and merge it into the whole model, loaded with peft"
+        )
 
     def take_up(self, folder: Path) -> None:
         """Load an adapter folder into both halves.
@@ -225,8 +244,13 @@ class SplitModel:
         mine = self.own_adapter()
         if mine.keys() - state.keys():
             raise Refused(f"adapter '{folder}' lacks {sorted(mine.keys() - state.keys())[0]}")
-        set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
         trunk = {name: tensor for name, tensor in state.items() if name not in mine}
+        if self.plan.trunk.targets and not trunk and not (folder / PARTIAL_NOTE).exists():
+            raise Refused(
+                f"adapter '{folder}' has nothing for the trunk, which has a LoRA in this session: "
+                "leave trunk out of split_train, or name another adapter"
+            )
+        set_peft_model_state_dict(self, {name: state[name] for name in mine}, adapter_name=ADAPTER)
         if trunk:
             self.connection.request(pb.Head(import_adapter=pb.ImportAdapter()), trunk).wait()
 
@@ -248,6 +272,14 @@ class SplitModel:
 
     def __exit__(self, kind: object, *_exc: object) -> None:
         self.close(keep_rows=kind is not None)
+
+
+def _refuse_another(adapter: str) -> None:
+    if adapter != ADAPTER:
+        raise ConfigError(
+            f"a split model has one adapter, '{ADAPTER}', and '{adapter}' was asked for: where a "
+            "trainer makes its reference so, give it a ref_model (DPO, KTO) or beta=0.0 (GRPO)"
+        )
 
 
 class SplitModelForCausalLM(SplitModel, PeftModelForCausalLM):

@@ -95,6 +95,10 @@ class ReplayLog:
             entry.answered = True
             if refused or not _leaves_a_trace(entry.head):
                 del self._entries[sequence]
+            elif entry.head.WhichOneof("verb") == "discard":
+                # The two together have left no trace, and there may never be a step and its mark.
+                del self._entries[sequence]
+                self._entries.pop(entry.head.discard.forward_sequence, None)
 
     def durable(self, sequence: int) -> None:
         """Say that all up to this request is on the server's disk."""

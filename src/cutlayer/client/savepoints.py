@@ -39,7 +39,7 @@ def newest_checkpoint(output_dir: Path) -> Path | None:
 
 def keep_both_halves(trainer: Any, model: SplitModel) -> None:
     """Have a trainer's checkpoints saved on both sides, and its resume pick a whole one."""
-    save, train = trainer._save_checkpoint, trainer.train
+    save, train, load_best = trainer._save_checkpoint, trainer.train, trainer._load_best_model
 
     def saving(*args: Any, **kwargs: Any) -> None:
         step, limit = trainer.state.global_step, trainer.args.save_total_limit
@@ -77,9 +77,17 @@ def keep_both_halves(trainer: Any, model: SplitModel) -> None:
             resume_from_checkpoint = str(newest) if newest else None
             if newest is None:
                 log.warning("there is no checkpoint yet that both sides hold: beginning at step 0")
+        model.resumes_from = Path(resume_from_checkpoint) if resume_from_checkpoint else None
         return train(resume_from_checkpoint, *args, **kwargs)
 
+    def loading_best() -> None:
+        load_best()
+        if model.keeps_adapter:  # the folder has our half alone
+            best = Path(trainer.state.best_model_checkpoint)
+            _load_trunk(model, best / RECORD, _step_of(best))
+
     trainer._save_checkpoint, trainer.train = saving, training
+    trainer._load_best_model = loading_best
 
 
 def load_both_halves(trainer: Any, model: SplitModel, step: int) -> None:
@@ -88,8 +96,12 @@ def load_both_halves(trainer: Any, model: SplitModel, step: int) -> None:
     Raises:
         Refused: If the server does not hold it.
     """
-    record = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}" / RECORD
-    run = ""
+    beside = Path(trainer.args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{step}"
+    _load_trunk(model, (model.resumes_from or beside) / RECORD, step)
+
+
+def _load_trunk(model: SplitModel, record: Path, step: int) -> None:
+    run = ""  # the record's may be another
     if record.is_file():
         told = json.loads(record.read_text())
         run = str(told.get("run", ""))

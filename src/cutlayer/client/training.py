@@ -9,6 +9,7 @@ reply.
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import re
 from collections.abc import Callable, Iterable
@@ -30,6 +31,7 @@ __all__ = ["TrunkOptimizer", "attach"]
 log = logging.getLogger(__name__)
 
 _LAYER = re.compile(r"\.\d+\.")
+_ATTACHED = "_cutlayer_trunk"
 
 
 class TrunkOptimizer:
@@ -46,12 +48,15 @@ class TrunkOptimizer:
             for name, p in model.named_parameters()  # type: ignore[attr-defined]
             if p.requires_grad
         }
+        # A trainer drops gradients so: after each step, and when it begins after an interruption.
+        _call_after(model, "zero_grad", self._zeroed)
 
     def follow(self, optimizer: torch.optim.Optimizer) -> None:
         """Make the trunk step whenever `optimizer` steps.
 
         Raises:
-            ConfigError: If the server has no optimizer of this name.
+            ConfigError: If the server has no optimizer of this name, or cannot be told how it is
+                set.
         """
         offered = list(self._model.connection.offer.optimizers)
         name = type(optimizer).__name__
@@ -60,6 +65,7 @@ class TrunkOptimizer:
                 f"optimizer {type(optimizer).__module__}.{name} cannot run at the server: choose "
                 f"one of torch.optim's {', '.join(offered)} (--optim adamw_torch)"
             )
+        _refuse_untold(optimizer)
         if self._followed is not optimizer:  # a trainer that trains again keeps its optimizer
             optimizer.register_step_post_hook(self._stepped)
             self._followed, self._declared = optimizer, False
@@ -79,6 +85,7 @@ class TrunkOptimizer:
         remote = self._model.remote_trunk
         remote.optimizer_stepped()
         if not remote.trains:
+            self._model.connection.mark_if_due()  # its forwards and backwards are in the log, too
             return
         step = pb.OptimStep(
             step=remote.step, optimizer=type(optimizer).__name__, clip_factor=self._clip_factor
@@ -182,6 +189,20 @@ def _group_of(group: dict[str, Any], names: list[str]) -> pb.ParamGroup:
     return told
 
 
+def _refuse_untold(optimizer: torch.optim.Optimizer) -> None:
+    """Refuse a setting that is none of what `_group_of` tells: the trunk would have the default."""
+    defaults = inspect.signature(type(optimizer)).parameters
+    for group in optimizer.param_groups:
+        told = _group_of(group, [])
+        for key in group.keys() & defaults.keys() - {*told.numbers, *told.flags, "betas", "params"}:
+            default = defaults[key].default
+            if group[key] != default:
+                raise ConfigError(
+                    f"{type(optimizer).__name__}'s {key}={group[key]} cannot be told to the "
+                    f"server: leave it at its default, {default}"
+                )
+
+
 class _TrainerLink(TrainerCallback):
     """Tie a transformers Trainer to the trunk: optimizer, clipping, the step it resumes at."""
 
@@ -205,6 +226,8 @@ class _TrainerLink(TrainerCallback):
 def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     """Make the trunk's optimizer follow a trainer's, or a plain loop's.
 
+    To attach again what is attached already changes nothing.
+
     Args:
         driver: A transformers or TRL trainer, or a torch optimizer.
         model: The connected model; only with a torch optimizer.
@@ -218,12 +241,18 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     if isinstance(driver, torch.optim.Optimizer):
         if not isinstance(model, SplitModel):
             raise ConfigError("attach(optimizer, model) needs the model that connect() returned")
+        if (known := _attached(driver, model)) is not None:
+            return known
         trunk = TrunkOptimizer(model)
         trunk.follow(driver)
+        vars(driver)[_ATTACHED] = trunk
         return trunk
     split = getattr(driver, "model", None)
     if not isinstance(split, SplitModel):
         raise ConfigError("attach(trainer) needs a trainer whose model connect() returned")
+    if (known := _attached(driver, split)) is not None:
+        return known
+    _check_routers(split)
     if split.by_rows is not None:
         _check_rows_last(driver)
     _tell_objective(driver, split)
@@ -231,7 +260,24 @@ def attach(driver: Any, model: Any = None) -> TrunkOptimizer:
     look_ahead(driver, split.comes)
     link = _TrainerLink(driver, split)
     driver.add_callback(link)
+    vars(driver)[_ATTACHED] = link._trunk
     return link._trunk
+
+
+def _attached(driver: Any, model: SplitModel) -> TrunkOptimizer | None:
+    """Return what follows a driver: a second would step the trunk twice, and clip neither step."""
+    known: TrunkOptimizer | None = vars(driver).get(_ATTACHED)
+    return known if known is not None and known._model is model else None
+
+
+def _check_routers(model: SplitModel) -> None:
+    """Refuse a loss that needs what the routers of all layers said; TRL's has it by default."""
+    if getattr(model.hf_model.config.get_text_config(), "output_router_logits", False):
+        raise ConfigError(
+            "the balancing loss of a mixture of experts is made of all layers' routers, and the "
+            "trunk's are elsewhere: set router_aux_loss_coef to 0.0 in TRL's config, or "
+            "output_router_logits to False in the model's"
+        )
 
 
 def _check_rows_last(trainer: Any) -> None:

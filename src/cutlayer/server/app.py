@@ -44,7 +44,8 @@ __all__ = ["Server", "make_server"]
 
 log = logging.getLogger(__name__)
 
-_STREAMS = 256
+_CONTROL_CALLS = 256
+"""Calls that are answered at once, while each session has its stream, which takes a thread."""
 
 
 @dataclass
@@ -181,8 +182,9 @@ def _listen(
     address: str,
     credentials: grpc.ServerCredentials | None,
 ) -> Server:
+    calls = sessions.limits.max_sessions + _CONTROL_CALLS
     server = grpc.server(
-        ThreadPoolExecutor(_STREAMS, thread_name_prefix="grpc"),
+        ThreadPoolExecutor(calls, thread_name_prefix="grpc"),
         options=[
             ("grpc.max_receive_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
             ("grpc.max_send_message_length", FRAME_BYTES + MAX_HEAD_BYTES + 16),
@@ -192,7 +194,7 @@ def _listen(
             ("grpc.keepalive_timeout_ms", 20_000),
             ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
         ],
-        maximum_concurrent_rpcs=2 * _STREAMS,
+        maximum_concurrent_rpcs=calls,
     )
     servicer = health.HealthServicer()
     server.add_generic_rpc_handlers((service,))

@@ -286,11 +286,13 @@ def _with_loras_of(
 ) -> Iterator[None]:
     """While open, the leader's tree runs each unit of a batch with that unit's own LoRA."""
     layers = list(zip(*(trunk.loras for trunk in units), strict=True))
-    for mine, of_units in zip(leader.loras, layers, strict=True):
+    # All of them before any is changed: what stayed so would run others' LoRA in solo requests.
+    for mine in leader.loras:
         if type(mine) is not Linear or mine.lora_variant or mine.lora_B[ADAPTER].bias is not None:
             raise CannotFuse(f"a {type(mine).__name__} of peft's is no plain LoRA")
-        mine.__dict__["forward"] = partial(_fused_linear, mine, of_units, shape)
     try:
+        for mine, of_units in zip(leader.loras, layers, strict=True):
+            mine.__dict__["forward"] = partial(_fused_linear, mine, of_units, shape)
         yield
     finally:
         for mine in leader.loras:

@@ -103,16 +103,17 @@ class Fuser:
             message: The request.
             is_current: Says whether its stream is still the session's.
         """
-        head = message.head
+        head, tokens = message.head, tokens_in(message.head)
         key: Hashable = None
         if head.WhichOneof("verb") == "forward":
-            key = _kind(session, head) if tokens_in(head) <= self._most_tokens else None
+            key = _kind(session, head) if tokens <= self._most_tokens else None
         elif head.WhichOneof("verb") == "backward":
             kept = session.trunk.kept.get(head.backward.forward_sequence)
-            key = kept.batch if isinstance(kept, Share) else None
+            if isinstance(kept, Share):
+                key, tokens = kept.batch, kept.asked.smashed_BTD.shape[:2].numel()
         if key is None or key in self._alone or session.identifier in self._alone:
             return None
-        return Joint(key, tokens_in(head) or 1, _Part(session, message, is_current))
+        return Joint(key, tokens, _Part(session, message, is_current))
 
     def awaited(self, joint: Joint) -> set[str]:
         """Return the tenants who may bring what can be done together with this."""
@@ -199,7 +200,8 @@ class Fuser:
 def _kind(session: Session, head: pb.Head) -> Hashable:
     """Return what forwards have in common that can be one batch; `None` if there is no such."""
     asked, lora = head.forward, session.trunk.lora
-    if not asked.keep_graph or asked.adapter_disabled or asked.cache or asked.rows:
+    # The KV cache that models in training make by default is of no use to any later forward.
+    if not asked.keep_graph or asked.adapter_disabled or asked.past_tokens or asked.rows:
         return None
     if not lora.targets or lora.use_dora or session.trunk.gradient_checkpointing:
         return None

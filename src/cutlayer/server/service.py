@@ -137,6 +137,7 @@ class _Stream:
         self._asked = self._answered = 0
         self._ended = threading.Event()
         self._room = threading.Semaphore(2 * sessions.limits.max_pending)
+        self._held_bytes, self._held_less = 0, threading.Condition()
 
     def attach(self, tenant: str, identifier: str, received: str, rows_key: Any) -> None:
         """Take the place of the session's older stream.
@@ -168,6 +169,8 @@ class _Stream:
     def _hang_up(self) -> None:
         self._ended.set()
         self._room.release()
+        with self._held_less:
+            self._held_less.notify_all()
         self._outgoing.put(None)
 
     def replies(self) -> Iterator[bytes]:
@@ -203,8 +206,10 @@ class _Stream:
                 message = assembler.feed(frame)
                 if message is None:
                     continue
-                # A client that never reads its replies stops being read.
+                # A client that never reads its replies stops being read, and one whose requests
+                # fill the memory while they wait.
                 self._room.acquire()
+                self._hold(len(message.body))
                 if self._ended.is_set():
                     return
                 self._asked += 1
@@ -233,10 +238,31 @@ class _Stream:
         else:
             self._outgoing.put(None)
 
+    def _hold(self, size_bytes: int) -> None:
+        """Wait until a request fits beside those that wait: all take no more than one may."""
+        most = self._session.limits.max_message_bytes
+        with self._held_less:
+            self._held_less.wait_for(
+                lambda: (
+                    self._ended.is_set()
+                    or not self._held_bytes
+                    or self._held_bytes + size_bytes <= most
+                )
+            )
+            self._held_bytes += size_bytes
+
     def _is_current(self) -> bool:
         return self._session.stream == self._number
 
     def _answer(self, message: Message, arrived_s: float) -> None:
+        try:
+            self._do(message, arrived_s)
+        finally:
+            with self._held_less:
+                self._held_bytes -= len(message.body)
+                self._held_less.notify_all()
+
+    def _do(self, message: Message, arrived_s: float) -> None:
         session = self._session
         if not self._is_current():
             return  # the client has come back on another stream, and says there what it asks

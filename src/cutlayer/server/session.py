@@ -132,8 +132,9 @@ class Session:
         except Exception as error:  # a model's own forward may raise anything
             if not isinstance(error, CutlayerError):
                 log.exception("session of tenant %s: request failed", self.tenant)
-            # The client has no output to go on from, so nobody would ever free the graph.
+            # The client has no output to go on from, so nobody would ever free graph and cache.
             self.trunk.discard(asked.sequence)
+            self.trunk.drop_cache(asked.forward.cache)
             return self._remember(failed(asked.sequence, error), [])
         # Reading and writing tensors is in it, and its part of what was computed ahead of it.
         head.done.compute_s = time.monotonic() - started_s + self.ahead_s

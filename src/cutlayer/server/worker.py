@@ -101,7 +101,8 @@ class TrunkThread:
     Work with a `Joint` takes with it whatever waits at the head of other tenants' queues and has
     the same key; each tenant's clock takes its part. If some are awaited who have not come, and
     nobody else has work, it waits: for a quarter of what the last such work took at most, and
-    half as long each time that nobody came.
+    half as long each time that nobody came. What an awaited tenant asks before its part is done
+    first, unless its clock is as far ahead as above.
     """
 
     def __init__(
@@ -204,7 +205,7 @@ class TrunkThread:
             alike = [t for t, queue in self._waiting.items() if _is_alike(queue[0].joint, joint)]
             missing = awaited - set(alike)
             # What comes before their part, such as an optimizer's step, is done meanwhile.
-            before = [t for t in missing & self._waiting.keys() if self._is_plain(t)]
+            before = [t for t in missing & self._waiting.keys() if self._may_go_before(t)]
             if before and gathering.meanwhile < 4 * len(awaited):
                 gathering.meanwhile += 1
                 return [min(before, key=self._clocks.__getitem__)]
@@ -221,8 +222,10 @@ class TrunkThread:
         self._gathering = None
         return alike
 
-    def _is_plain(self, tenant: str) -> bool:
-        return self._waiting[tenant][0].joint is None and not self._begins(tenant)
+    def _may_go_before(self, tenant: str) -> bool:
+        is_plain = self._waiting[tenant][0].joint is None and not self._begins(tenant)
+        # Company is no reason for anybody to have more of the trunk's time than the others.
+        return is_plain and self._clocks[tenant] < self._latest_s(tenant)
 
     def _whose_turn(self) -> str:
         tenant = min(self._waiting, key=self._clocks.__getitem__)
