@@ -60,3 +60,11 @@ def test_what_goes_on_from_a_cache_counts_for_every_record(ledger: Ledger):
     assert left_BTD.shape == (1, 1, 8)
     with pytest.raises(BudgetExhausted):
         books.defended(torch.randn(1, 3, 8), entry([7, 8, 9]))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_is_booked_too(ledger: Ledger, dtype: torch.dtype):
+    """What leaves is told by a digest of its bytes, whatever numbers they are."""
+    departures(ledger).defended(torch.randn(1, 3, 8, dtype=dtype), entry([7, 8, 9]))
+
+    assert len(ledger.releases_of()) == 1

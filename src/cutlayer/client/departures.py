@@ -25,6 +25,7 @@ from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
 from cutlayer.privacy.transcript import TranscriptWriter
 from cutlayer.split.entry import Entry
+from cutlayer.wire.tensors import bytes_of
 
 __all__ = ["Departures"]
 
@@ -134,7 +135,7 @@ class Departures:
 
     def _book(self, defense: Defense, records: list[str], leaving: Tensor) -> None:
         if self.ledger is not None:
-            digest = hashlib.sha256(leaving.detach().cpu().contiguous().numpy().tobytes())
+            digest = hashlib.sha256(bytes_of(leaving))
             self.ledger.book(defense.releases(len(leaving), records), digest.hexdigest())
 
     def _records_of(self, entry: Entry, rows: int) -> list[str]:
