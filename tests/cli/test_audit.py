@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from cutlayer.audit.unfinished import Unfinished
+from cutlayer.cli.config import read_run
 from cutlayer.cli.main import main
+from cutlayer.cli.privacy import defenses_of
 from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
 from tests.site import Site
 from tests.tokens import dataset
@@ -256,6 +258,23 @@ PROFILES = {
         {"split_defenses": [{"name": "rotation"}]},
         "not offered as a defense",
     ),
+    "a name in place of a list": ({"split_defenses": "gaussian"}, "is no list of names with"),
+    "a list of names": ({"split_defenses": ["gaussian"]}, "such as [{name: gaussian"),
+    "two in one place": (
+        {"split_defenses": [{"name": "gaussian", "nsr": 1.0}, {"name": "gaussian", "nsr": 3.0}]},
+        "'gaussian' and 'gaussian' both stand at the lower cut",
+    ),
+    "words for numbers": (
+        {"split_privacy_profile": "empirical", "split_privacy": {"nsr": "big"}},
+        "'gaussian': nsr = 'big' is no number",
+    ),
+    "half a release": (
+        {
+            "split_privacy_profile": "formal",
+            "split_privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 1e-6, "planned": 4.5},
+        },
+        "planned = 4.5 is no whole number",
+    ),
     "delta beyond 1/n": (
         {
             "split_privacy_profile": "formal",
@@ -276,6 +295,19 @@ def test_a_profile_that_makes_no_sense_is_refused(
 
     assert one_sentence(["train", "--config", config], capsys, told) in (2, 9)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_a_profile_can_be_named(prepared: Any):
+    """What is named goes before the profile's own number, and `1e-6` is a number."""
+    asked = {"clip": 1, "epsilon": 8, "delta": "1e-6", "planned": 4, "pool": 8}
+    for profile, privacy, found in (
+        ("empirical", {"nsr": 2}, [("gaussian", 2.0), ("gaussian", 2.0)]),
+        ("formal", asked, [("ldp_sequence", 8), ("no_backward", None)]),
+    ):
+        run = read_run(prepared(split_privacy_profile=profile, split_privacy=privacy), {})
+        made = defenses_of(run)
+        strengths = [getattr(one, "nsr", getattr(one, "pool", None)) for one in made]
+        assert [(one.name, n) for one, n in zip(made, strengths, strict=True)] == found
 
 
 def test_a_spent_budget_sends_nothing_more(prepared: Any, tmp_path: Path, capsys: Any):

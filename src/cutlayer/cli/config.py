@@ -21,7 +21,7 @@ import yaml
 
 from cutlayer.errors import ConfigError
 
-__all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
+__all__ = ["Run", "SplitConfig", "connect_settings", "fit", "lora_of", "read_run", "say"]
 
 
 # What `cli/privacy.py` makes defenses, a ledger and a transcript of.
@@ -134,9 +134,9 @@ def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
             faults.append(f"{key} is unknown" + (f": did you mean {near[0]}?" if near else ""))
             continue
         try:
-            target[key.removeprefix("split_") if key in ours else key] = _fit(value, hint)
+            target[key.removeprefix("split_") if key in ours else key] = fit(value, hint)
         except (TypeError, ValueError):
-            faults.append(f"{key} = {value!r} is no {_say(hint)}")
+            faults.append(f"{key} = {value!r} is no {say(hint)}")
     faults += [
         f"{key} is missing"
         for key, f in ours.items()
@@ -183,13 +183,17 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _fit(value: Any, hint: Any) -> Any:
+def fit(value: Any, hint: Any) -> Any:
     """Return `value` as `hint` asks; numbers that YAML took for text (`1e-3`) become numbers."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if value is None and (type(None) in options or Any in options):
         return None
     for option in options:
         kind = typing.get_origin(option) or option
+        if _of_dicts(option) and type(value) is list and all(type(v) is dict for v in value):
+            return value
+        if _of_dicts(option):
+            continue
         if kind in (bool, int, float, str, list, dict) and type(value) is kind:
             return value
         if kind not in (bool, int, float, str, list, dict, type(None)):
@@ -198,7 +202,8 @@ def _fit(value: Any, hint: Any) -> Any:
         return float(value)
     if int in options and isinstance(value, str):
         return int(value)
-    if any((typing.get_origin(o) or o) is list for o in options) and isinstance(value, str):
+    lists = [o for o in options if (typing.get_origin(o) or o) is list and not _of_dicts(o)]
+    if lists and isinstance(value, str):
         return [value]
     if str in options and not isinstance(value, list | dict) and value is not None:
         return str(value)
@@ -209,7 +214,15 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _say(hint: Any) -> str:
+def _of_dicts(hint: Any) -> bool:
+    """Say whether it is a list of mappings."""
+    return hint == list[dict[str, Any]]
+
+
+def say(hint: Any) -> str:
+    """Return a type in words, for a sentence about what is not of it."""
+    if _of_dicts(hint):
+        return "list of names with parameters, such as [{name: gaussian, nsr: 1.0}]"
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
     return " or ".join(

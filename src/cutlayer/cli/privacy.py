@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import inspect
+import typing
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cutlayer.cli.config import Run
+from cutlayer.cli.config import Run, fit, say
 from cutlayer.errors import ConfigError
 
 __all__ = ["cost_of", "defenses_of", "ledger_of", "parts_of", "transcript_of"]
@@ -19,7 +21,7 @@ def defenses_of(run: Run) -> list[Any]:
         ConfigError: If a name or a parameter makes no sense, or a part is trained that the profile
             does not allow, or there is no policy for the evidence that it asks for.
     """
-    from cutlayer.privacy.defenses import DEFENSES, settable_defense_of
+    from cutlayer.privacy.defenses import DEFENSES, check_together, settable_defense_of
     from cutlayer.privacy.profiles import profile_of
 
     split = run.split
@@ -30,24 +32,49 @@ def defenses_of(run: Run) -> list[Any]:
             "that says what the server must prove: docs/privacy.md shows one"
         )
     parts_of(run)
-    asked = [dict(params) for params in (split.defenses or profile.defenses.values())]
-    left = dict(split.privacy)
+    left = set(split.privacy)
     made = []
-    for params in asked:
+    for named in split.defenses or profile.defenses.values():
+        params = dict(named)
         name = str(params.pop("name", ""))
         if name == "adv_mi_bottom":
             params.setdefault("vocabulary", _vocabulary_of(run))
         takes = inspect.signature(DEFENSES[name]).parameters if name in DEFENSES else {}
-        made.append(settable_defense_of(name, **params, **{k: left[k] for k in takes if k in left}))
-        left = {k: v for k, v in left.items() if k not in takes}
+        # The user's word goes before the profile's own numbers.
+        kept = params if split.defenses else {}
+        own = {k: v for k, v in split.privacy.items() if k in takes and k not in kept}
+        made.append(settable_defense_of(name, **_typed(name, params | own)))
+        left -= own.keys()
+    check_together(made)
     if left:
         raise ConfigError(
-            f"split_privacy has {', '.join(left)}, which no defense of this run takes: leave it "
-            "out, or choose another profile"
+            f"split_privacy has {', '.join(sorted(left))}, which no defense of this run takes: "
+            "leave it out, or choose another profile"
         )
     if split.transcript < 0:
         raise ConfigError(f"split_transcript = {split.transcript} must be 0 or more sequences")
     return made
+
+
+def _typed(name: str, params: Mapping[str, Any]) -> dict[str, Any]:
+    """Return a defense's parameters as it takes them; YAML takes `1e-6` for text.
+
+    Raises:
+        ConfigError: Naming those that are of another type.
+    """
+    from cutlayer.privacy.defenses import DEFENSES
+
+    kind = DEFENSES.get(name)
+    hints = typing.get_type_hints(kind) if isinstance(kind, type) else {}
+    fitting, faults = dict(params), []
+    for key in params.keys() & hints.keys():
+        try:
+            fitting[key] = fit(params[key], hints[key])
+        except (TypeError, ValueError):
+            faults.append(f"{key} = {params[key]!r} is no {say(hints[key])}")
+    if faults:
+        raise ConfigError(f"'{name}': " + "; ".join(sorted(faults)))
+    return fitting
 
 
 def _vocabulary_of(run: Run) -> int:
