@@ -15,7 +15,7 @@ import pytest
 from cutlayer.audit.unfinished import Unfinished
 from cutlayer.cli.config import read_run
 from cutlayer.cli.main import main
-from cutlayer.cli.privacy import defenses_of
+from cutlayer.cli.privacy import defenses_of, ledger_of
 from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
 from tests.site import Site
 from tests.tokens import dataset
@@ -275,6 +275,18 @@ PROFILES = {
         },
         "planned = 4.5 is no whole number",
     ),
+    "a budget that nothing keeps": ({"split_budget": 3.0}, "split_budget is of a ledger"),
+    "no budget": ({**FORMAL, "split_budget": 0}, "epsilon = 0.0 must be a number above 0"),
+    "an epsilon for half of what leaves": (
+        {
+            "split_defenses": [
+                {"name": "ldp_sequence", "clip": 1.0, "epsilon": 8.0, "delta": 1e-3},
+                {"name": "gaussian", "nsr": 3.0, "channel": "gradients"},
+            ]
+        },
+        "'ldp_sequence' has an epsilon and 'gaussian' has none",
+    ),
+    "samples that share a sequence": ({**FORMAL, "packing": True}, "packing puts several samples"),
     "delta beyond 1/n": (
         {
             "split_privacy_profile": "formal",
@@ -308,6 +320,17 @@ def test_numbers_of_a_profile_can_be_named(prepared: Any):
         made = defenses_of(run)
         strengths = [getattr(one, "nsr", getattr(one, "pool", None)) for one in made]
         assert [(one.name, n) for one, n in zip(made, strengths, strict=True)] == found
+
+
+def test_a_folder_has_one_ledger_however_it_is_written(prepared: Any, tmp_path: Path):
+    """A slash at the end of a folder's name begins no second budget."""
+    paths = []
+    for end in ("", "/"):
+        run = read_run(prepared(**FORMAL, dataset_name=f"{tmp_path}{end}"), {})
+        with ledger_of(run, defenses_of(run), 12) as ledger:
+            paths.append(ledger.path)
+
+    assert paths[0] == paths[1] == Path(f"{tmp_path}.ledger.jsonl")
 
 
 def test_a_spent_budget_sends_nothing_more(prepared: Any, tmp_path: Path, capsys: Any):

@@ -13,6 +13,8 @@ from cutlayer.errors import ConfigError
 
 __all__ = ["cost_of", "defenses_of", "ledger_of", "parts_of", "transcript_of"]
 
+_OF_A_LEDGER = ("budget", "budget_raised_by", "ledger")
+
 
 def defenses_of(run: Run) -> list[Any]:
     """Return the defenses of a run: those of its profile, or those that it names itself.
@@ -125,22 +127,55 @@ def ledger_of(run: Run, defenses: list[Any], records: int) -> Any:
 
     It stands beside a local data set and not in the run's folder: another run on the same data
     spends the same budget.
+
+    Raises:
+        ConfigError: If a budget is asked for that nothing would keep, or that would not be of each
+            sample.
+        DataError: If the ledger was altered.
+        StorageError: If it cannot be written, or another process has it.
     """
     from cutlayer.privacy.ledger import Ledger
 
     formal = [defense for defense in defenses if defense.formal and hasattr(defense, "epsilon")]
+    asked = [name for name in _OF_A_LEDGER if getattr(run.split, name) is not None]
+    if not formal and asked:
+        raise ConfigError(
+            f"split_{asked[0]} is of a ledger, and nothing in this run has an epsilon to be booked "
+            "there: leave it out, or use split_privacy_profile formal"
+        )
     if not formal:
         return None
-    name = str(run.data.dataset_name)
+    _refuse_what_has_no_epsilon(run, formal[0].name, defenses)
+    # Without a slash at its end: a folder has one ledger, however it is written.
+    name = str(Path(str(run.data.dataset_name)))
     home = Path(f"{name}.ledger.jsonl")
     path = home if Path(name).exists() else Path(run.sft.output_dir) / "ledger.jsonl"
+    budget = run.split.budget
     return Ledger(
         Path(run.split.ledger or path),
-        epsilon=run.split.budget or formal[0].epsilon,
+        epsilon=formal[0].epsilon if budget is None else budget,
         delta=formal[0].delta,
         records=records,
         raised_by=run.split.budget_raised_by or "",
     )
+
+
+def _refuse_what_has_no_epsilon(run: Run, formal: str, defenses: list[Any]) -> None:
+    """Refuse what would take the number away, before anything is spent on it."""
+    informal = [
+        d.name for d in defenses if not d.formal and d.site != "embedding" and d.releases(1)
+    ]
+    if informal:
+        raise ConfigError(
+            f"'{formal}' has an epsilon and '{informal[0]}' has none, so nothing would be promised "
+            "of the two: leave one of them out of split_defenses"
+        )
+    mixing = [name for name in ("packing", "padding_free") if getattr(run.sft, name)]
+    if mixing:
+        raise ConfigError(
+            f"{mixing[0]} puts several samples into one sequence, and '{formal}' promises its "
+            f"epsilon to a sequence: set {mixing[0]} to false"
+        )
 
 
 def cost_of(defenses: list[Any], tokens: int, width: int) -> list[str]:
