@@ -214,7 +214,13 @@ def cost_of(defenses: list[Any], tokens: int, width: int) -> list[str]:
 
 
 def transcript_of(
-    run: Run, given: dict[str, Any], checkpoint: Any, num_layers: int, ledger: Any
+    run: Run,
+    given: dict[str, Any],
+    checkpoint: Any,
+    num_layers: int,
+    ledger: Any,
+    *,
+    resume: bool = False,
 ) -> Any:
     """Return the writer of a run's transcript, `None` if none is wanted."""
     from cutlayer.privacy.transcript import TranscriptWriter
@@ -238,7 +244,7 @@ def transcript_of(
     if ledger is not None:
         facts["ledger"] = str(ledger.path.resolve())
     folder = Path(run.sft.output_dir) / "transcript"
-    return TranscriptWriter(folder, facts, sequences=run.split.transcript)
+    return TranscriptWriter(folder, facts, sequences=run.split.transcript, anew=not resume)
 
 
 def _parameters(defense: Any) -> dict[str, Any]:

@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.split.dp_sgd is not None:
         refuse_what_does_not_fit(settings, resume=args.resume)
     refuse_what_cannot_be_attacked(settings)
-    trainer, model = make_trainer(settings, threads=args.threads)
+    trainer, model = make_trainer(settings, threads=args.threads, resume=args.resume)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
     output = Path(settings.sft.output_dir)
@@ -102,8 +102,15 @@ def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
     }
 
 
-def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any]:
+def make_trainer(
+    settings: Run, *, threads: int | None = None, resume: bool = False
+) -> tuple[Any, Any]:
     """Return a trainer over the split model, ready to train, and the model.
+
+    Args:
+        settings: The run.
+        threads: CPU threads; torch's choice by default.
+        resume: Whether the run goes on from a checkpoint, and so does its transcript.
 
     Raises:
         ConfigError, DataError: If the run cannot be trained on.
@@ -138,8 +145,8 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     for line in cost_of(given["defenses"], settings.sft.max_length or 0, width):
         print(line, file=sys.stderr)
     ledger = ledger_of(settings, given["defenses"], len(data))
-    transcript = transcript_of(settings, given, checkpoint, layers, ledger)
     try:
+        transcript = transcript_of(settings, given, checkpoint, layers, ledger, resume=resume)
         model = connect(**given, ledger=ledger, transcript=transcript)
     except BaseException:
         if ledger is not None:
