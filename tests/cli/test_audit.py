@@ -208,6 +208,24 @@ def test_an_audit_that_was_killed_goes_on(prepared: Any, tmp_path: Path, capsys:
     assert not unfinished.exists()
 
 
+def test_noise_at_the_embedding_is_audited_with_the_noise(prepared: Any, tmp_path: Path):
+    """What is attacked has passed the run's defense, wherever it stands."""
+    config = prepared(split_defenses=[{"name": "metric_dp_embed", "eta": 0.01}])
+
+    (activations, _gradients) = audited(tmp_path, "--config", config, *SHORT)["channels"]
+
+    assert activations["findings"][0]["trr"] < 0.5
+
+
+def test_an_attack_that_cannot_be_run_is_told(prepared: Any, tmp_path: Path, capsys: Any):
+    """A2 without enough to learn from is refused; A5 without enough that is known says so."""
+    words = ["--config", prepared(), "--samples", "2", "--tokens", "6"]
+
+    assert one_sentence(["audit", *words, "--attacks", "A1,A2"], capsys, "64 public texts") == 2
+    audited(tmp_path, *words, "--attacks", "A1, A5")
+    assert "A5 was not run: it needs 64 tokens" in capsys.readouterr().err
+
+
 def test_what_was_found_of_something_else_is_not_taken_over(tmp_path: Path):
     """A part of another digest, and one that is torn, are found again."""
     told: list[str] = []
@@ -227,6 +245,10 @@ BAD = {
     "neither": ([], "name one of"),
     "no transcript": (["--run", "nowhere"], "holds no transcript"),
     "no samples": (["--run", "out", "--samples", "0"], "at least 1"),
+    "fewer than none to show": (["--run", "out", "--show", "-1"], "--show at least 0"),
+    "a misspelt flag": (["--run", "out", "--atacks", "A2"], "--atacks is no flag"),
+    "a key of a run that is over": (["--run", "out", "--max_length", "9"], "those that it had"),
+    "an unknown attack": (["--run", "nowhere", "--attacks", "A1, A9"], "attack 'A9' is unknown"),
 }
 
 
