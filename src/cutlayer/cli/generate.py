@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
@@ -34,8 +35,11 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.cli.data import load_tokenizer
     from cutlayer.client.connect import connect
 
-    if args.max_new_tokens < 1:
-        raise ConfigError(f"--max_new_tokens {args.max_new_tokens}: it must be at least 1")
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        raise ConfigError(
+            f"--max_new_tokens {args.max_new_tokens} must be at least 1 and --temperature "
+            f"{args.temperature:g} a number of at least 0"
+        )
     settle(args.threads)
     settings = read_run(args.config, args.overrides)
     tokenizer = load_tokenizer(settings)
@@ -114,6 +118,8 @@ def answers(
         # A template has them already; without one a prompt begins as it did in training.
         add_special_tokens=not tokenizer.chat_template,
     )
+    if batch["input_ids"].shape[1] == 0:
+        raise ConfigError("--prompt is empty and the tokenizer adds nothing to it: write a word")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     torch.manual_seed(seed)
     model.eval()
