@@ -13,7 +13,9 @@ from typing import Any
 import pytest
 
 from cutlayer.audit.unfinished import Unfinished
+from cutlayer.cli.config import read_run
 from cutlayer.cli.main import main
+from cutlayer.cli.privacy import defenses_of, ledger_of
 from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
 from tests.site import Site
 from tests.tokens import dataset
@@ -206,6 +208,24 @@ def test_an_audit_that_was_killed_goes_on(prepared: Any, tmp_path: Path, capsys:
     assert not unfinished.exists()
 
 
+def test_noise_at_the_embedding_is_audited_with_the_noise(prepared: Any, tmp_path: Path):
+    """What is attacked has passed the run's defense, wherever it stands."""
+    config = prepared(split_defenses=[{"name": "metric_dp_embed", "eta": 0.01}])
+
+    (activations, _gradients) = audited(tmp_path, "--config", config, *SHORT)["channels"]
+
+    assert activations["findings"][0]["trr"] < 0.5
+
+
+def test_an_attack_that_cannot_be_run_is_told(prepared: Any, tmp_path: Path, capsys: Any):
+    """A2 without enough to learn from is refused; A5 without enough that is known says so."""
+    words = ["--config", prepared(), "--samples", "2", "--tokens", "6"]
+
+    assert one_sentence(["audit", *words, "--attacks", "A1,A2"], capsys, "64 public texts") == 2
+    audited(tmp_path, *words, "--attacks", "A1, A5")
+    assert "A5 was not run: it needs 64 tokens" in capsys.readouterr().err
+
+
 def test_what_was_found_of_something_else_is_not_taken_over(tmp_path: Path):
     """A part of another digest, and one that is torn, are found again."""
     told: list[str] = []
@@ -225,6 +245,10 @@ BAD = {
     "neither": ([], "name one of"),
     "no transcript": (["--run", "nowhere"], "holds no transcript"),
     "no samples": (["--run", "out", "--samples", "0"], "at least 1"),
+    "fewer than none to show": (["--run", "out", "--show", "-1"], "--show at least 0"),
+    "a misspelt flag": (["--run", "out", "--atacks", "A2"], "--atacks is no flag"),
+    "a key of a run that is over": (["--run", "out", "--max_length", "9"], "those that it had"),
+    "an unknown attack": (["--run", "nowhere", "--attacks", "A1, A9"], "attack 'A9' is unknown"),
 }
 
 
@@ -256,6 +280,35 @@ PROFILES = {
         {"split_defenses": [{"name": "rotation"}]},
         "not offered as a defense",
     ),
+    "a name in place of a list": ({"split_defenses": "gaussian"}, "is no list of names with"),
+    "a list of names": ({"split_defenses": ["gaussian"]}, "such as [{name: gaussian"),
+    "two in one place": (
+        {"split_defenses": [{"name": "gaussian", "nsr": 1.0}, {"name": "gaussian", "nsr": 3.0}]},
+        "'gaussian' and 'gaussian' both stand at the lower cut",
+    ),
+    "words for numbers": (
+        {"split_privacy_profile": "empirical", "split_privacy": {"nsr": "big"}},
+        "'gaussian': nsr = 'big' is no number",
+    ),
+    "half a release": (
+        {
+            "split_privacy_profile": "formal",
+            "split_privacy": {"clip": 1.0, "epsilon": 8.0, "delta": 1e-6, "planned": 4.5},
+        },
+        "planned = 4.5 is no whole number",
+    ),
+    "a budget that nothing keeps": ({"split_budget": 3.0}, "split_budget is of a ledger"),
+    "no budget": ({**FORMAL, "split_budget": 0}, "epsilon = 0.0 must be a number above 0"),
+    "an epsilon for half of what leaves": (
+        {
+            "split_defenses": [
+                {"name": "ldp_sequence", "clip": 1.0, "epsilon": 8.0, "delta": 1e-3},
+                {"name": "gaussian", "nsr": 3.0, "channel": "gradients"},
+            ]
+        },
+        "'ldp_sequence' has an epsilon and 'gaussian' has none",
+    ),
+    "samples that share a sequence": ({**FORMAL, "packing": True}, "packing puts several samples"),
     "delta beyond 1/n": (
         {
             "split_privacy_profile": "formal",
@@ -276,6 +329,30 @@ def test_a_profile_that_makes_no_sense_is_refused(
 
     assert one_sentence(["train", "--config", config], capsys, told) in (2, 9)
     assert not (tmp_path / "out").exists()
+
+
+def test_numbers_of_a_profile_can_be_named(prepared: Any):
+    """What is named goes before the profile's own number, and `1e-6` is a number."""
+    asked = {"clip": 1, "epsilon": 8, "delta": "1e-6", "planned": 4, "pool": 8}
+    for profile, privacy, found in (
+        ("empirical", {"nsr": 2}, [("gaussian", 2.0), ("gaussian", 2.0)]),
+        ("formal", asked, [("ldp_sequence", 8), ("no_backward", None)]),
+    ):
+        run = read_run(prepared(split_privacy_profile=profile, split_privacy=privacy), {})
+        made = defenses_of(run)
+        strengths = [getattr(one, "nsr", getattr(one, "pool", None)) for one in made]
+        assert [(one.name, n) for one, n in zip(made, strengths, strict=True)] == found
+
+
+def test_a_folder_has_one_ledger_however_it_is_written(prepared: Any, tmp_path: Path):
+    """A slash at the end of a folder's name begins no second budget."""
+    paths = []
+    for end in ("", "/"):
+        run = read_run(prepared(**FORMAL, dataset_name=f"{tmp_path}{end}"), {})
+        with ledger_of(run, defenses_of(run), 12) as ledger:
+            paths.append(ledger.path)
+
+    assert paths[0] == paths[1] == Path(f"{tmp_path}.ledger.jsonl")
 
 
 def test_a_spent_budget_sends_nothing_more(prepared: Any, tmp_path: Path, capsys: Any):

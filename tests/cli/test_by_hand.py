@@ -166,6 +166,17 @@ BAD_RUNS = {
     "nobody listens": ({"split_server": "127.0.0.1:1"}, "nothing listens"),
     "no LoRA": ({"use_peft": False}, "use_peft must be true"),
     "a missing certificate": ({"split_ca": "nowhere.pem"}, "nowhere.pem"),
+    "an unknown task": ({"split_task": "classification"}, "one of causal-lm"),
+    "no time at all": ({"split_idle_timeout_s": -5}, "must be a number of seconds above 0"),
+    "no patience": ({"split_lease_s": float("nan")}, "split_lease_s = nan"),
+    "no batch": ({"per_device_train_batch_size": 0}, "must be at least 1"),
+    "a rate below 0": ({"learning_rate": -1.0}, "learning_rate = -1.0 must be"),
+    "no steps": ({"max_steps": 0}, "train nothing"),
+    "no epochs": ({"max_steps": -1, "num_train_epochs": 0}, "train nothing"),
+    "a base in 4 bits": ({"load_in_4bit": True}, "split_quantization stores"),
+    "a checkpoint by name": ({"resume_from_checkpoint": "out/checkpoint-1"}, "train --resume"),
+    "what the trainer refuses": ({"padding_free": True}, "the trainer refuses this run"),
+    "held-out rows that are trained on": ({"eval_strategy": "steps"}, "name a folder with"),
 }
 
 
@@ -218,6 +229,23 @@ def test_bad_rows_end_in_one_sentence(
     )
 
     assert one_sentence(["train", "--config", str(config)], capsys, words) in range(2, 9)
+
+
+BAD_FILES = {
+    "a key twice": (b"max_steps: 1\nmax_steps: 2\n", "max_steps stands twice"),
+    "no text": (b"\xff\xfe\x00", "no text in UTF-8"),
+    "no keys": (b"- a\n- b\n", "list of 'key: value' lines"),
+    "nothing": (b"", "list of 'key: value' lines"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FILES)
+def test_a_file_that_is_no_run_ends_in_one_sentence(name: str, tmp_path: Path, capsys: Any):
+    """What YAML's loader would take, or could not read at all."""
+    body, words = BAD_FILES[name]
+    (tmp_path / "run.yaml").write_bytes(body)
+
+    assert one_sentence(["train", "--config", str(tmp_path / "run.yaml")], capsys, words) == 2
 
 
 def one_sentence(words: list[str], capsys: pytest.CaptureFixture[str], told: str) -> int:

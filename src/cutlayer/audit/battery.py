@@ -29,7 +29,20 @@ from cutlayer.audit.traffic import Text, made_here, texts_of
 from cutlayer.errors import ConfigError, DataError, PrivacyError
 from cutlayer.privacy.transcript import Departure
 
-__all__ = ["ATTACKS", "Attack", "Evidence", "calibrate", "channel_of", "controls", "run_attacks"]
+__all__ = [
+    "ATTACKS",
+    "FEWEST_TEXTS",
+    "Attack",
+    "Evidence",
+    "calibrate",
+    "channel_of",
+    "check_attacks",
+    "controls",
+    "run_attacks",
+]
+
+FEWEST_TEXTS = 64
+"""Public texts without which A2 learns nothing."""
 
 Rows = Sequence[tuple[Tensor, Tensor]]
 
@@ -78,6 +91,8 @@ class Attack:
     """What it does, in a sentence for a reader who is no engineer."""
     run: Callable[[Evidence], Finding | None]
     """`None` where it does not apply."""
+    needs: str = "texts"
+    """What is missing where it does not apply."""
 
 
 def _forward_search(evidence: Evidence) -> Finding | None:
@@ -102,7 +117,7 @@ def _forward_search(evidence: Evidence) -> Finding | None:
 
 
 def _learned(evidence: Evidence) -> Finding | None:
-    if len(evidence.public_rows) < 64:
+    if len(evidence.public_rows) < FEWEST_TEXTS:
         return None  # too little public text to learn from
     inverter = train_inverter(
         evidence.public,
@@ -161,21 +176,35 @@ ATTACKS: dict[str, Attack] = {
             "activations",
             "learns from public text to turn activations back into tokens",
             _learned,
+            f"{FEWEST_TEXTS} public texts",
         ),
         Attack(
             "A4",
             "gradients",
             "solves for the labels, in which the gradient is linear",
             _labels,
+            "gradients, and none leave",
         ),
         Attack(
             "A5",
             "activations",
             "learns from a few known texts what was changed secretly, then tries the vocabulary",
             _known_plaintext,
+            "64 tokens in the first half of the samples",
         ),
     )
 }
+
+
+def check_attacks(names: Sequence[str]) -> None:
+    """Refuse names that are none of the table.
+
+    Raises:
+        ConfigError: Naming the first.
+    """
+    unknown = [name for name in names if name not in ATTACKS]
+    if unknown:
+        raise ConfigError(f"attack '{unknown[0]}' is unknown: one of {', '.join(ATTACKS)}")
 
 
 def run_attacks(
@@ -196,9 +225,7 @@ def run_attacks(
     Raises:
         ConfigError: If there is no such attack.
     """
-    unknown = [name for name in names if name not in ATTACKS]
-    if unknown:
-        raise ConfigError(f"attack '{unknown[0]}' is unknown: one of {', '.join(ATTACKS)}")
+    check_attacks(names)
     findings = []
     for name in names:
         tell(f"{name} {ATTACKS[name].what}")
@@ -207,6 +234,8 @@ def run_attacks(
             found = Finding.of(facts)
             findings.append(found)
             tell(f"{name} gave back {found.trr:.1%} of {found.tokens} in {found.seconds:.0f} s")
+        else:
+            tell(f"{name} was not run: it needs {ATTACKS[name].needs}")
     return findings
 
 

@@ -4,6 +4,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from cutlayer.audit.public import PublicModel
 
-__all__ = ["embedding_table", "replay"]
+__all__ = ["defended_embedding", "embedding_table", "replay"]
 
 
 @torch.no_grad()
@@ -31,6 +33,24 @@ def replay(public: PublicModel, embedded_TD: Tensor) -> Tensor:
     handle = _embedding_of(public).register_forward_hook(lambda *_: embedded_TD[None])
     try:
         return public.bottom(ids_BT)[0]
+    finally:
+        handle.remove()
+
+
+@contextlib.contextmanager
+def defended_embedding(
+    public: PublicModel, apply: Callable[[Tensor], Tensor] | None
+) -> Iterator[None]:
+    """While open, the bottom goes on from what a defense makes of each embedding, if there is one.
+
+    It stands where `connect` puts it: behind the embedding, the family's own factor included.
+    """
+    if apply is None:
+        yield
+        return
+    handle = _embedding_of(public).register_forward_hook(lambda _m, _a, given: apply(given))
+    try:
+        yield
     finally:
         handle.remove()
 

@@ -35,7 +35,7 @@ class Finding:
         sequences: How many were attacked.
         tokens: How many tokens (or labels) in all.
         trr: Token recovery rate, the share of them that was given back.
-        trr_ci: Its 95% interval, bootstrapped over sequences.
+        trr_ci: Its 95% interval, over sequences (see `metrics.bootstrap`).
         exact: Share of sequences given back whole.
         exact_ci: Its 95% interval, Clopper-Pearson.
         prior_trr: Share that the best guess without the traffic gets.

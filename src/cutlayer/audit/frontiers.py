@@ -28,11 +28,13 @@ NOISE = (0.1, 0.3, 1.0, 3.0)
 """Standard deviations of noise over the root mean square of the activations."""
 
 
-def by_depth(model: str, rows: Rows, depths: Sequence[int]) -> dict[str, Any]:
+def by_depth(
+    model: str, rows: Rows, depths: Sequence[int], *, revision: str | None = None
+) -> dict[str, Any]:
     """Search at several depths of the lower cut, without defense."""
     points = []
     for depth in depths:
-        public = PublicModel.load(model, bottom_layers=depth, top_layers=0)
+        public = PublicModel.load(model, bottom_layers=depth, top_layers=0, revision=revision)
         points.append(_point(depth, _read(public, rows, CandidateTable(public))))
     return {"axis": "layers below the cut", "points": points}
 

@@ -28,9 +28,13 @@ def bootstrap(hits: Sequence[int], sizes: Sequence[int], *, seed: int = 0) -> tu
     """Return the 95% interval of sum(hits) / sum(sizes), resampling whole sequences.
 
     Tokens of one sequence are recovered together or not at all, so they are no independent draws.
+    Where no token was read, or every one, resampling gives that alone, however few there were: the
+    interval is then the exact one of how many sequences have a token that was read, or one not.
     """
     if len(sizes) < 2:
         return 0.0, 1.0
+    if sum(hits) in {0, sum(sizes)}:
+        return clopper_pearson(len(sizes) if sum(hits) else 0, len(sizes))
     drawn = np.random.default_rng(seed).integers(0, len(sizes), (_RESAMPLES, len(sizes)))
     rates = np.asarray(hits)[drawn].sum(1) / np.maximum(np.asarray(sizes)[drawn].sum(1), 1)
     low, high = np.quantile(rates, [0.025, 0.975])

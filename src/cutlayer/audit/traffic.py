@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from cutlayer.audit.embedding import defended_embedding
 from cutlayer.audit.public import PublicModel
 from cutlayer.errors import DataError
 from cutlayer.privacy.mechanisms import Defense
@@ -127,7 +128,8 @@ def made_here(
     for number, start in enumerate(range(0, len(rows), batch), 1):
         ids_BT, mask_BT, labels_BT = padded(rows[start : start + batch])
         with torch.no_grad():
-            smashed_BTD = public.bottom(ids_BT, attention_mask=mask_BT)
+            with defended_embedding(public, at["embedding"].apply if "embedding" in at else None):
+                smashed_BTD = public.bottom(ids_BT, attention_mask=mask_BT)
             if "lower cut" in at:
                 smashed_BTD = at["lower cut"].apply(smashed_BTD, mask_BT)
             smashed_BTD = round_trip(up, smashed_BTD)

@@ -50,11 +50,18 @@ def run(args: argparse.Namespace) -> int:
     """Attack and report."""
     if bool(args.config) == bool(args.run):
         raise ConfigError("name one of --config (before training) and --run (after it)")
-    if args.samples < 1 or args.tokens < 2:
-        raise ConfigError("--samples must be at least 1 and --tokens at least 2")
+    if args.run and args.overrides:
+        raise ConfigError(
+            f"--{next(iter(args.overrides))} is no flag of an audit of --run, whose settings are "
+            "those that it had: leave it out, or see 'cutlayer audit --help'"
+        )
+    if args.samples < 1 or args.tokens < 2 or args.show < 0:
+        raise ConfigError("--samples must be at least 1, --tokens at least 2 and --show at least 0")
     settle(args.threads)
+    from cutlayer.audit.battery import check_attacks
     from cutlayer.audit.report import verdict_lines, write_report
 
+    check_attacks(_attacks(args))
     rows_asked(args.rows)
     audit = _audit(args, subject_of_config(args, _tell) if args.config else subject_of_run(args))
     folder = Path(args.output)
@@ -68,9 +75,15 @@ def run(args: argparse.Namespace) -> int:
             "name another --output"
         ) from error
     shutil.rmtree(folder / "unfinished", ignore_errors=True)
-    lines = [*verdict_lines(audit), f"the report is {folder / 'audit.html'}"]
+    failed = [control["name"] for control in audit["controls"] if not control["passed"]]
+    lines = [*verdict_lines(audit), *(f"A CONTROL FAILED: {name}" for name in failed)]
+    lines.append(f"the report is {folder / 'audit.html'}")
     report(args.format, kept, "\n".join(lines))
     return 0
+
+
+def _attacks(args: argparse.Namespace) -> list[str]:
+    return [name.strip() for name in args.attacks.split(",")]
 
 
 def _tell(line: str) -> None:
@@ -78,7 +91,14 @@ def _tell(line: str) -> None:
 
 
 def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
-    from cutlayer.audit.battery import Evidence, calibrate, channel_of, controls, run_attacks
+    from cutlayer.audit.battery import (
+        FEWEST_TEXTS,
+        Evidence,
+        calibrate,
+        channel_of,
+        controls,
+        run_attacks,
+    )
     from cutlayer.audit.promise import promise_of
     from cutlayer.audit.unfinished import Unfinished, digest_of
 
@@ -89,7 +109,7 @@ def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
         subject.departures,
         tokens=args.tokens,
         public_rows=public_rows(args.public_text, subject.tokenizer, args.tokens),
-        prior=_prior_of(facts["model"]) if args.prior == "model" else None,
+        prior=_prior_of(facts["model"], facts["revision"]) if args.prior == "model" else None,
         defend=noise.apply if noise is not None else None,
         sigma=_sigma_of(noise, subject.departures),
     )
@@ -97,10 +117,15 @@ def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     public_ids = [ids_T for ids_T, _labels in evidence.public_rows]
     digest = digest_of({"subject": subject.digest, **asked}, public_ids)
     unfinished = Unfinished(Path(args.output) / "unfinished", digest, _tell)
+    if "A2" in _attacks(args) and len(evidence.public_rows) < FEWEST_TEXTS:
+        raise ConfigError(
+            f"A2 learns from {FEWEST_TEXTS} public texts at least and there are "
+            f"{len(evidence.public_rows)}: name more with --public_text, or leave A2 out"
+        )
     _tell("calibrating on public text")
     calibration = unfinished.kept("calibration", lambda: calibrate(evidence))
     found_controls = unfinished.kept("controls", lambda: controls(evidence))
-    findings = run_attacks(evidence, args.attacks.split(","), _tell, unfinished.kept)
+    findings = run_attacks(evidence, _attacks(args), _tell, unfinished.kept)
     recovery = (
         unfinished.kept("recovery", lambda: _recoveries(evidence, facts)) if args.frontiers else []
     )
@@ -137,12 +162,14 @@ def _audit(args: argparse.Namespace, subject: Subject) -> dict[str, Any]:
     }
 
 
-def _prior_of(model: str) -> Any:
+def _prior_of(model: str, revision: str) -> Any:
     """Return the public model's own guess at the next token; it loads the whole model."""
     import torch
     from transformers import AutoModelForCausalLM
 
-    whole = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32).eval()
+    whole = AutoModelForCausalLM.from_pretrained(
+        model, revision=revision or None, dtype=torch.float32
+    ).eval()
     start = whole.config.bos_token_id or 0
 
     @torch.no_grad()
@@ -224,7 +251,7 @@ def _recoveries(evidence: Any, facts: dict[str, Any]) -> list[dict[str, Any]]:
     depths = {depth for depth in (lower, 2 * lower, 4 * lower) if 0 < depth < layers}
     _tell("A1 again by cut depth, codec and noise")
     return [
-        by_depth(facts["model"], rows, sorted(depths)),
+        by_depth(facts["model"], rows, sorted(depths), revision=facts["revision"] or None),
         by_codec(evidence.public, evidence.table, rows),
         by_noise(evidence.public, evidence.table, rows, evidence.prior),
     ]

@@ -12,6 +12,7 @@ from cutlayer.cli.config import Run
 from cutlayer.cli.dp import GUARANTEE_FILE
 from cutlayer.cli.reattack import REATTACK_FILE, adversary_of
 from cutlayer.errors import StorageError
+from cutlayer.privacy.adapter_guarantee import up
 from cutlayer.privacy.profiles import profile_of
 
 __all__ = ["write_card"]
@@ -94,7 +95,7 @@ def _recipients(folder: Path) -> str:
     found = json.loads(file.read_text())["against_recipients_of_the_adapter"]
     several = (
         f" This is adapter {found['adapters_of_this_data']} of this data; whoever has all of them: "
-        f"epsilon {found['epsilon_of_all_of_them']:.2f} at the same delta."
+        f"epsilon {up(found['epsilon_of_all_of_them'])} at the same delta."
     )
     return f"{found['words']}{several if found['adapters_of_this_data'] > 1 else ''}"
 

@@ -24,6 +24,10 @@ __all__ = ["issue", "make_authority", "make_software_attester"]
 
 CA_DAYS, LEAF_DAYS = 3650, 365
 
+_HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
+# As the server's own (server/names.py): what is refused there cannot be a tenant.
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Describe the verb's arguments."""
@@ -48,10 +52,17 @@ def run(args: argparse.Namespace) -> int:
     """Make what is asked for.
 
     Raises:
-        ConfigError: If certificates would be overwritten, or there is no authority.
+        ConfigError: If certificates would be overwritten, there is no authority, or a name cannot
+            be one.
     """
     folder = Path(args.dir)
     hosts = [*dict.fromkeys([*getattr(args, "host", []), "localhost", "127.0.0.1"])]
+    names = [
+        name
+        for name in (getattr(args, "client", None), getattr(args, "name", None))
+        if name is not None
+    ]
+    _check(hosts, names)
     if args.what == "init":
         make_authority(folder)
         issue(folder, "server", hosts=hosts, server=True)
@@ -77,6 +88,21 @@ def run(args: argparse.Namespace) -> int:
         issue(folder, "server", hosts=hosts, server=True, again=True)
         print(f"{folder}/server.pem, .key: start the server again to use them")
     return 0
+
+
+def _check(hosts: Sequence[str], names: Sequence[str]) -> None:
+    """Refuse what could not be used, before anything is written."""
+    for host in hosts:
+        if not _HOST.fullmatch(host) and not isinstance(_host(host), x509.IPAddress):
+            raise ConfigError(
+                f"--host '{host}' is no name and no address of a machine: write gpu.example.org, "
+                "without https:// and port"
+            )
+    for name in names:
+        if not _NAME.fullmatch(name):
+            raise ConfigError(
+                f"'{name}' is no plain name: use letters, digits, '.', '_' and '-', at most 64"
+            )
 
 
 def make_authority(folder: Path) -> None:

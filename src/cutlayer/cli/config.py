@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import math
 import os
 import re
 import types
@@ -21,8 +22,9 @@ import yaml
 
 from cutlayer.errors import ConfigError
 
-__all__ = ["Run", "SplitConfig", "connect_settings", "lora_of", "read_run"]
+__all__ = ["Run", "SplitConfig", "connect_settings", "fit", "lora_of", "read_run", "say"]
 
+_TASKS = ("causal-lm", "sequence-classification")
 
 # What `cli/privacy.py` makes defenses, a ledger and a transcript of.
 _NOT_FOR_CONNECT = (
@@ -134,9 +136,9 @@ def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
             faults.append(f"{key} is unknown" + (f": did you mean {near[0]}?" if near else ""))
             continue
         try:
-            target[key.removeprefix("split_") if key in ours else key] = _fit(value, hint)
+            target[key.removeprefix("split_") if key in ours else key] = fit(value, hint)
         except (TypeError, ValueError):
-            faults.append(f"{key} = {value!r} is no {_say(hint)}")
+            faults.append(f"{key} = {value!r} is no {say(hint)}")
     faults += [
         f"{key} is missing"
         for key, f in ours.items()
@@ -148,7 +150,7 @@ def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
     if faults:
         raise ConfigError(f"{path}: " + "; ".join(faults))
     try:
-        return Run(
+        run = Run(
             SplitConfig(**split),
             SFTConfig(**trl[SFTConfig]),
             ModelConfig(**trl[ModelConfig]),
@@ -156,11 +158,65 @@ def read_run(path: str | Path, overrides: Mapping[str, str]) -> Run:
         )
     except (ValueError, TypeError) as error:
         raise ConfigError(f"{path}: {error}") from error
+    if faults := [*_impossible(run), *_not_done(run)]:
+        raise ConfigError(f"{path}: " + "; ".join(faults))
+    return run
+
+
+def _impossible(run: Run) -> list[str]:
+    """Return a sentence for each value that no run can have."""
+    split, sft = run.split, run.sft
+    found = []
+    if split.task not in _TASKS:
+        found.append(f"split_task = {split.task!r} is unknown: one of {', '.join(_TASKS)}")
+    for name in ("connect_timeout_s", "idle_timeout_s", "lease_s"):
+        seconds = getattr(split, name)
+        if not 0 < seconds < math.inf:
+            found.append(f"split_{name} = {seconds!r} must be a number of seconds above 0")
+    for name in ("per_device_train_batch_size", "gradient_accumulation_steps"):
+        if getattr(sft, name) < 1:
+            found.append(f"{name} = {getattr(sft, name)} must be at least 1")
+    if not 0 <= sft.learning_rate < math.inf:
+        found.append(f"learning_rate = {sft.learning_rate!r} must be a number of at least 0")
+    if sft.max_steps == 0 or (sft.max_steps < 0 and not 0 < sft.num_train_epochs < math.inf):
+        found.append(
+            f"max_steps = {sft.max_steps} and num_train_epochs = {sft.num_train_epochs} train "
+            "nothing: one of them must be above 0"
+        )
+    return found
+
+
+def _not_done(run: Run) -> list[str]:
+    """Return a sentence for each key of TRL's that would be left undone in silence."""
+    return [
+        f"{name} is not done through the split: {instead}"
+        for home, name, instead in (
+            (run.model, "load_in_4bit", "split_quantization stores the server's trunk in 8 bits"),
+            (run.model, "load_in_8bit", "split_quantization stores the server's trunk in 8 bits"),
+            (run.model, "lora_target_parameters", "name modules in lora_target_modules"),
+            (run.sft, "model_init_kwargs", "dtype, attn_implementation and such are keys"),
+            (run.sft, "resume_from_checkpoint", "'cutlayer train --resume' goes on"),
+        )
+        if getattr(home, name, None)
+    ]
+
+
+class _Loader(yaml.SafeLoader):
+    """Refuse a key that stands twice, of which YAML's own loader takes the last in silence."""
+
+    def construct_mapping(self, node: Any, deep: bool = False) -> dict[Any, Any]:
+        keys = [key.value for key, _value in node.value]
+        twice = [key for key in keys if keys.count(key) > 1 and key != "<<"]
+        if twice:
+            raise yaml.MarkedYAMLError(None, None, f"{twice[0]} stands twice", node.start_mark)
+        return super().construct_mapping(node, deep)
 
 
 def _yaml(path: Path) -> dict[str, Any]:
     try:
-        found = yaml.safe_load(path.read_text())
+        found = yaml.load(path.read_text("utf-8"), _Loader)  # noqa: S506  a SafeLoader
+    except UnicodeDecodeError as error:
+        raise ConfigError(f"--config '{path}' is no text in UTF-8: save it as such") from error
     except OSError as error:
         raise ConfigError(f"--config '{path}' cannot be read ({error.strerror})") from error
     except yaml.YAMLError as error:
@@ -183,13 +239,17 @@ def _hints(cls: type) -> dict[str, Any]:
     return {f.name: hints[f.name] for f in dataclasses.fields(cls) if f.init}
 
 
-def _fit(value: Any, hint: Any) -> Any:
+def fit(value: Any, hint: Any) -> Any:
     """Return `value` as `hint` asks; numbers that YAML took for text (`1e-3`) become numbers."""
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     if value is None and (type(None) in options or Any in options):
         return None
     for option in options:
         kind = typing.get_origin(option) or option
+        if _of_dicts(option) and type(value) is list and all(type(v) is dict for v in value):
+            return value
+        if _of_dicts(option):
+            continue
         if kind in (bool, int, float, str, list, dict) and type(value) is kind:
             return value
         if kind not in (bool, int, float, str, list, dict, type(None)):
@@ -198,7 +258,8 @@ def _fit(value: Any, hint: Any) -> Any:
         return float(value)
     if int in options and isinstance(value, str):
         return int(value)
-    if any((typing.get_origin(o) or o) is list for o in options) and isinstance(value, str):
+    lists = [o for o in options if (typing.get_origin(o) or o) is list and not _of_dicts(o)]
+    if lists and isinstance(value, str):
         return [value]
     if str in options and not isinstance(value, list | dict) and value is not None:
         return str(value)
@@ -209,7 +270,15 @@ def _is_union(hint: Any) -> bool:
     return typing.get_origin(hint) in (typing.Union, types.UnionType)
 
 
-def _say(hint: Any) -> str:
+def _of_dicts(hint: Any) -> bool:
+    """Say whether it is a list of mappings."""
+    return hint == list[dict[str, Any]]
+
+
+def say(hint: Any) -> str:
+    """Return a type in words, for a sentence about what is not of it."""
+    if _of_dicts(hint):
+        return "list of names with parameters, such as [{name: gaussian, nsr: 1.0}]"
     options = typing.get_args(hint) if _is_union(hint) else (hint,)
     names = {bool: "true or false", int: "whole number", float: "number", str: "text", list: "list"}
     return " or ".join(

@@ -37,6 +37,12 @@ def load_split(run: Run, split: str) -> Any:
         if not files:
             raise DataError(f"folder '{name}' has no {split}.jsonl, .csv or .parquet")
         path = files[0]
+    elif path.is_file() and split != run.data.dataset_train_split:
+        raise DataError(
+            f"'{split}' of dataset '{name}' was asked for and it is one file, which is trained on: "
+            f"name a folder with {run.data.dataset_train_split}{path.suffix} and "
+            f"{split}{path.suffix}, or set eval_strategy to no"
+        )
     local = path.is_file()
     if not local and (path.suffix in _READERS or path.is_absolute() or name.startswith(".")):
         raise DataError(f"dataset file '{name}' does not exist: check dataset_name")

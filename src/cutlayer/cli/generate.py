@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import connect_settings, read_run
 from cutlayer.cli.main import add_format, report, settle
+from cutlayer.errors import ConfigError
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -25,18 +27,33 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Generate and print."""
+    """Generate and print.
+
+    Raises:
+        ConfigError: If this run's model does not generate, or not within its promise.
+    """
     from cutlayer.cli.data import load_tokenizer
     from cutlayer.client.connect import connect
 
+    if args.max_new_tokens < 1 or not 0 <= args.temperature < math.inf:
+        raise ConfigError(
+            f"--max_new_tokens {args.max_new_tokens} must be at least 1 and --temperature "
+            f"{args.temperature:g} a number of at least 0"
+        )
     settle(args.threads)
     settings = read_run(args.config, args.overrides)
     tokenizer = load_tokenizer(settings)
+    if args.system and not tokenizer.chat_template:
+        raise ConfigError(
+            "--system needs a chat template and this model's tokenizer has none: write it at the "
+            "front of the prompt"
+        )
     folder = Path(args.adapter or settings.sft.output_dir)
     kept_at_server = (folder / "TRUNK_IS_AT_THE_SERVER").exists()
     has_adapter = (folder / "adapter_config.json").exists() or bool(args.adapter)
     wanted = has_adapter and not args.base
     given = connect_settings(settings)
+    _refuse_what_cannot_generate(given)
     if not wanted:
         given["peft_config"] = None
     model = connect(**{**given, "send_once": False}, take_up=wanted and kept_at_server)
@@ -57,6 +74,17 @@ def run(args: argparse.Namespace) -> int:
     facts = [{"prompt": p, "text": t} for p, t in zip(args.prompt, texts, strict=True)]
     report(args.format, {"generated": facts}, "\n".join(texts))
     return 0
+
+
+def _refuse_what_cannot_generate(given: dict[str, Any]) -> None:
+    if given["task"] != "causal-lm":
+        raise ConfigError(f"split_task is {given['task']}, whose model generates no text")
+    formal = [defense.name for defense in given["defenses"] if defense.formal]
+    if formal:
+        raise ConfigError(
+            f"'{formal[0]}' books each release of a sequence, and each new token would be one more "
+            "of the whole prompt: 'cutlayer merge' the adapter and generate in the unsplit model"
+        )
 
 
 def answers(
@@ -83,8 +111,15 @@ def answers(
             for prompt in prompts
         ]
     batch = tokenizer(
-        prompts, return_tensors="pt", padding=True, padding_side="left", add_special_tokens=False
+        prompts,
+        return_tensors="pt",
+        padding=True,
+        padding_side="left",
+        # A template has them already; without one a prompt begins as it did in training.
+        add_special_tokens=not tokenizer.chat_template,
     )
+    if batch["input_ids"].shape[1] == 0:
+        raise ConfigError("--prompt is empty and the tokenizer adds nothing to it: write a word")
     sampling = {"do_sample": True, "temperature": temperature} if temperature > 0 else {}
     torch.manual_seed(seed)
     model.eval()

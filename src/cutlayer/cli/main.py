@@ -148,9 +148,17 @@ def report(form: str, facts: dict[str, Any], text: str) -> None:
 
 
 def settle(threads: int | None = None) -> None:
-    """Make the libraries speak of errors only, and compute with so many threads."""
+    """Make the libraries speak of errors only, and compute with so many threads.
+
+    Raises:
+        ConfigError: If there cannot be so many.
+    """
     import warnings
 
+    from cutlayer.errors import ConfigError
+
+    if threads is not None and threads < 1:
+        raise ConfigError(f"--threads {threads}: it must be at least 1")
     import torch
     import transformers
 

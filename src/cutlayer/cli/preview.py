@@ -11,6 +11,7 @@ from typing import Any
 
 from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.main import add_format, report, settle
+from cutlayer.errors import ConfigError
 
 IGNORED = -100
 
@@ -26,17 +27,28 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Tokenize as the trainer will, and count."""
+    """Tokenize as the trainer will, and count.
+
+    Raises:
+        ConfigError: If an argument or the run makes no sense.
+    """
+    if args.samples < 0 or not 0 < args.bandwidth_mbit < math.inf:
+        raise ConfigError(
+            f"--samples {args.samples} must be at least 0 and --bandwidth_mbit "
+            f"{args.bandwidth_mbit:g} a number above 0"
+        )
     settings = read_run(args.config, args.overrides)
-    samples, rows = _tokenized(settings)
+    samples, rows = _tokenized(settings, args.samples)
     facts = _facts(settings, rows, args.bandwidth_mbit)
-    shown = [_shown(sample) for sample in samples[: args.samples]]
+    shown = [_shown(sample) for sample in samples]
     report(args.format, {"samples": shown, **facts}, _text(shown, facts))
     return 0
 
 
-def _tokenized(settings: Run) -> tuple[list[list[tuple[str, bool]]], list[dict[str, Any]]]:
-    """Return samples as (token, carries loss) pairs, and the tokenized rows."""
+def _tokenized(
+    settings: Run, show: int
+) -> tuple[list[list[tuple[str, bool]]], list[dict[str, Any]]]:
+    """Return the first samples as (token, carries loss) pairs, and the tokenized rows."""
     from datasets.utils.logging import disable_progress_bar
 
     from cutlayer.cli.data import load_split, load_tokenizer
@@ -54,7 +66,7 @@ def _tokenized(settings: Run) -> tuple[list[list[tuple[str, bool]]], list[dict[s
             (tokenizer.decode([token]), label != IGNORED)
             for token, label in zip(row["input_ids"], _labels(row), strict=True)
         ]
-        for row in rows[:8]
+        for row in rows[:show]
     ]
     return samples, rows
 

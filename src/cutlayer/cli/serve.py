@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
+import math
 import resource
 import signal
 import threading
@@ -98,7 +99,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.watch import Watch
 
     begin_log(args.log_format)
-    _refuse_out_of_bounds(args)
+    _check(args)
     settle(args.threads)
     _allow_many_connections()
     auth = _auth(args)
@@ -152,15 +153,39 @@ def run(args: argparse.Namespace) -> int:
     return 0
 
 
-def _refuse_out_of_bounds(args: argparse.Namespace) -> None:
-    least = {"lease_s": 1.0, "max_sessions": 1, "send_once_ttl_s": 0.0, "fuse_tokens": 0}
+def _check(args: argparse.Namespace) -> None:
+    """Refuse numbers that no server can have, all of them at once.
+
+    Raises:
+        ConfigError: Naming them.
+    """
     faults = [
-        f"--{name} {getattr(args, name)} must be at least {bound}"
-        for name, bound in least.items()
-        if not getattr(args, name) >= bound  # so that NaN is none
+        f"--{name} {number}: a port is from 0 to 65535"
+        for name in ("port", "metrics_port")
+        if (number := getattr(args, name)) is not None and not 0 <= number <= 65535
     ]
+    faults += [
+        f"--{name} {number}: it must be at least {least} and finite"
+        for name, least in (("max_sessions", 1), ("send_once_ttl_s", 0), ("fuse_tokens", 0))
+        if not least <= (number := getattr(args, name)) < math.inf
+    ]
+    if not 0 < args.lease_s < math.inf:
+        faults.append(f"--lease_s {args.lease_s:g}: it must be a number of seconds above 0")
     if faults:
         raise ConfigError("; ".join(faults))
+    _check_device(args.device)
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--device '{name}' cannot be used here ({what[:160]}): cpu, cuda, cuda:1, …"
+        ) from error
 
 
 def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: str) -> Status:

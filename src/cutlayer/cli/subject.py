@@ -160,7 +160,7 @@ def subject_of_run(args: argparse.Namespace) -> Subject:
     return Subject(
         public=public,
         departures=taken,
-        tokenizer=AutoTokenizer.from_pretrained(facts["model"]),
+        tokenizer=AutoTokenizer.from_pretrained(facts["model"], revision=facts["revision"] or None),
         facts=told,
         defenses=defenses,
         trained=facts["train"],

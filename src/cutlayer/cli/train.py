@@ -12,7 +12,7 @@ from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.dp import refuse_what_does_not_fit, train_privately
 from cutlayer.cli.main import add_format, report, settle
 from cutlayer.cli.reattack import adversary_of, reattack, refuse_what_cannot_be_attacked
-from cutlayer.errors import ConfigError, NotFinite
+from cutlayer.errors import ConfigError, CutlayerError, NotFinite
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def run(args: argparse.Namespace) -> int:
     if settings.split.dp_sgd is not None:
         refuse_what_does_not_fit(settings, resume=args.resume)
     refuse_what_cannot_be_attacked(settings)
-    trainer, model = make_trainer(settings, threads=args.threads)
+    trainer, model = make_trainer(settings, threads=args.threads, resume=args.resume)
     interrupt = Interrupt()
     trainer.add_callback(interrupt)
     output = Path(settings.sft.output_dir)
@@ -102,8 +102,15 @@ def facts_of(trainer: Any, model: Any, result: Any) -> dict[str, Any]:
     }
 
 
-def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any]:
+def make_trainer(
+    settings: Run, *, threads: int | None = None, resume: bool = False
+) -> tuple[Any, Any]:
     """Return a trainer over the split model, ready to train, and the model.
+
+    Args:
+        settings: The run.
+        threads: CPU threads; torch's choice by default.
+        resume: Whether the run goes on from a checkpoint, and so does its transcript.
 
     Raises:
         ConfigError, DataError: If the run cannot be trained on.
@@ -138,15 +145,15 @@ def make_trainer(settings: Run, *, threads: int | None = None) -> tuple[Any, Any
     for line in cost_of(given["defenses"], settings.sft.max_length or 0, width):
         print(line, file=sys.stderr)
     ledger = ledger_of(settings, given["defenses"], len(data))
-    transcript = transcript_of(settings, given, checkpoint, layers, ledger)
     try:
+        transcript = transcript_of(settings, given, checkpoint, layers, ledger, resume=resume)
         model = connect(**given, ledger=ledger, transcript=transcript)
     except BaseException:
         if ledger is not None:
             ledger.close()
         raise
     try:
-        trainer = _trainer(settings, model, tokenizer, data, held_out)
+        trainer = _made(settings, model, tokenizer, data, held_out)
         if settings.split.task == "causal-lm":
             packed = settings.sft.packing
             check_supervised(trainer.train_dataset, of=len(data), packed=packed)
@@ -164,6 +171,17 @@ def _classes_of(settings: Run, data: Any) -> dict[str, Any]:
     if settings.split.task != "sequence-classification":
         return {}
     return {"num_labels": len(set(data["label"]))}
+
+
+def _made(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
+    """Return the trainer, or say in its own words what it refuses."""
+    try:
+        return _trainer(settings, model, tokenizer, data, held_out)
+    except CutlayerError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the trainer refuses this run ({what}): change what it names") from error
 
 
 def _trainer(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:

@@ -21,7 +21,7 @@ from cutlayer.client.model import SplitModelForCausalLM, SplitModelForSequenceCl
 from cutlayer.client.remote_trunk import RemoteTrunk
 from cutlayer.client.tuning import chunks_or_tuning
 from cutlayer.errors import ConfigError
-from cutlayer.privacy.defenses import Defense
+from cutlayer.privacy.defenses import Defense, check_together
 from cutlayer.privacy.ledger import Ledger
 from cutlayer.privacy.transcript import TranscriptWriter
 from cutlayer.split.adapters import (
@@ -186,6 +186,7 @@ def connect(
 
 
 def _check_books(defenses: Sequence[Defense], ledger: Ledger | None) -> None:
+    check_together(defenses)
     if ledger is None and any(defense.formal for defense in defenses):
         raise ConfigError("a defense with a guarantee needs a ledger that books what leaves")
 

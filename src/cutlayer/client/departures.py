@@ -25,6 +25,7 @@ from cutlayer.privacy.defenses import Defense
 from cutlayer.privacy.ledger import Ledger
 from cutlayer.privacy.transcript import TranscriptWriter
 from cutlayer.split.entry import Entry
+from cutlayer.wire.tensors import bytes_of
 
 __all__ = ["Departures"]
 
@@ -45,8 +46,13 @@ class Departures:
     transcript: TranscriptWriter | None = None
     as_it_arrives: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
 
-    def defended(self, hidden_BTD: Tensor, entry: Entry) -> Tensor:
+    def defended(self, hidden_BTD: Tensor, entry: Entry, past_tokens: int = 0) -> Tensor:
         """Return the activations that may leave; differentiable.
+
+        Args:
+            hidden_BTD: The activations.
+            entry: What the model was called with.
+            past_tokens: How many tokens left before, which these go on from by a KV cache.
 
         Raises:
             BudgetExhausted: If a release would cost more than what is left; nothing was sent.
@@ -55,7 +61,7 @@ class Departures:
         defense = self.defense("lower cut")
         if defense is None:
             return hidden_BTD
-        mask_BT = entry.carried.get("attention_mask")
+        mask_BT = _mask_of(entry, hidden_BTD.shape[1])
         ids_BT = entry.truth.get("input_ids")
         if isinstance(defense, AdversarialBottom) and hidden_BTD.requires_grad:
             if ids_BT is None or ids_BT.shape != hidden_BTD.shape[:2]:
@@ -65,7 +71,9 @@ class Departures:
                 )
             hidden_BTD = defense.pulled(hidden_BTD, ids_BT, mask_BT)
         defended_BTD = defense.apply(hidden_BTD, mask_BT)
-        self._book(defense, self._records_of(entry, len(hidden_BTD)), defended_BTD)
+        # What goes on from a cache depends on all that is in it, and its own tokens name no record.
+        records = [] if past_tokens else self._records_of(entry, len(hidden_BTD))
+        self._book(defense, records, defended_BTD)
         return defended_BTD
 
     def sent(
@@ -127,7 +135,7 @@ class Departures:
 
     def _book(self, defense: Defense, records: list[str], leaving: Tensor) -> None:
         if self.ledger is not None:
-            digest = hashlib.sha256(leaving.detach().cpu().contiguous().numpy().tobytes())
+            digest = hashlib.sha256(bytes_of(leaving))
             self.ledger.book(defense.releases(len(leaving), records), digest.hexdigest())
 
     def _records_of(self, entry: Entry, rows: int) -> list[str]:
@@ -135,7 +143,23 @@ class Departures:
         ids_BT = entry.truth.get("input_ids")
         if self.ledger is None or ids_BT is None or len(ids_BT) != rows:
             return []  # counts for every record
-        return [self.ledger.record_of(row.tolist()) for row in ids_BT]
+        mask_BT = _mask_of(entry, ids_BT.shape[1])
+        if mask_BT is None or mask_BT.shape != ids_BT.shape:
+            return [self.ledger.record_of(row_T.tolist()) for row_T in ids_BT]
+        # A sequence is padded to the longest of its batch, so to another length in each epoch.
+        kept_BT = mask_BT.to(ids_BT.device) != 0
+        return [
+            self.ledger.record_of(row_T[kept_T].tolist())
+            for row_T, kept_T in zip(ids_BT, kept_BT, strict=True)
+        ]
+
+
+def _mask_of(entry: Entry, tokens: int) -> Tensor | None:
+    """Return the mask of the newest `tokens`, (B, T); that of a KV cache is of older ones too."""
+    mask_BT = entry.carried.get("attention_mask")
+    if mask_BT is None or mask_BT.dim() != 2 or mask_BT.shape[1] < tokens:
+        return None
+    return mask_BT[:, -tokens:]
 
 
 def defend_embedding(ends: PreTrainedModel, defenses: Sequence[Defense]) -> None:

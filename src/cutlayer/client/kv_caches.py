@@ -58,7 +58,7 @@ class CacheNumbers:
                 "cache_implementation, or set it to 'dynamic'"
             )
         rows, tokens = hidden_BTD.shape[:2]
-        past_tokens = _tokens_in(cache, self._layer)
+        past_tokens = self.past_tokens(cache)
         note_BT = torch.arange(rows, dtype=torch.float32, device=hidden_BTD.device)[:, None]
         slot_BT = note_in_cache(cache, self._layer, note_BT.expand(rows, tokens))
         if grad and past_tokens == 0:
@@ -82,9 +82,11 @@ class CacheNumbers:
                 slot_BT[:, :] = note_BT
         return {"cache": self._caches[cache], "past_tokens": past_tokens, "cache_rows": moved}
 
-
-def _tokens_in(cache: Cache, layer: int) -> int:
-    try:
-        return int(cache.get_seq_length(layer))
-    except (TypeError, ValueError):
-        return int(cache.get_seq_length())
+    def past_tokens(self, cache: Cache | None) -> int:
+        """Return how many tokens a cache holds before this call; none if there is no cache."""
+        if cache is None:
+            return 0
+        try:
+            return int(cache.get_seq_length(self._layer))
+        except (TypeError, ValueError):
+            return int(cache.get_seq_length())

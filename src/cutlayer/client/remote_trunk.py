@@ -237,7 +237,8 @@ class RemoteTrunk(nn.Module):
             "the smashed activations",
             "nothing was sent; lower the learning rate, or look at the sample",
         )
-        hidden_BTD = self.departures.defended(hidden_BTD, self.entry)
+        past_tokens = self._caches.past_tokens(cache)
+        hidden_BTD = self.departures.defended(hidden_BTD, self.entry, past_tokens)
         assert self.link is not None
         question = Question(
             carried=dict(self.entry.carried),

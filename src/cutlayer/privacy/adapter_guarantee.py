@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from cutlayer.errors import ConfigError
 from cutlayer.privacy.accountant import epsilon_of_adapter, rdp_of_adapter
 
-__all__ = ["Guarantee", "noise_multiplier_for", "planned_noise"]
+__all__ = ["Guarantee", "noise_multiplier_for", "planned_noise", "up"]
 
 
 def noise_multiplier_for(epsilon: float, *, sample_rate: float, steps: int, delta: float) -> float:
@@ -107,8 +107,8 @@ class Guarantee:
         if not self.formal:
             return f"{mechanism}. The noise was drawn from a seed: no formal guarantee."
         return (
-            f"{mechanism}. Adding or removing {self.unit}: epsilon {_up(self.epsilon)} at delta "
-            f"{self.delta:g} ({self.accountant}; by RDP {_up(self.epsilon_rdp)}). It holds against "
+            f"{mechanism}. Adding or removing {self.unit}: epsilon {up(self.epsilon)} at delta "
+            f"{self.delta:g} ({self.accountant}; by RDP {up(self.epsilon_rdp)}). It holds against "
             "those who receive the client's adapter and see nothing else of the training. It "
             "assumes that the server computes each row from that row alone and does not join with "
             "a recipient, and that what else depends on the data (how many items there are, the "
@@ -118,6 +118,6 @@ class Guarantee:
         )
 
 
-def _up(epsilon: float) -> str:
+def up(epsilon: float) -> str:
     """Return epsilon to two digits, rounded up: a promise is never printed smaller than it is."""
     return f"{math.ceil(epsilon * 100) / 100:.2f}" if math.isfinite(epsilon) else "infinite"

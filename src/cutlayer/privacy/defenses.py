@@ -26,7 +26,15 @@ from cutlayer.privacy.release import Release
 from cutlayer.privacy.two_server import TwoServer
 from cutlayer.privacy.zeroth_order import LossScalar
 
-__all__ = ["DEFENSES", "REFUSED", "Chain", "Defense", "defense_of", "settable_defense_of"]
+__all__ = [
+    "DEFENSES",
+    "REFUSED",
+    "Chain",
+    "Defense",
+    "check_together",
+    "defense_of",
+    "settable_defense_of",
+]
 
 DEFENSES: dict[str, Callable[..., Defense]] = {
     LdpSequence.name: LdpSequence,
@@ -145,6 +153,22 @@ def settable_defense_of(name: str, **params: Any) -> Defense:
             "docs/privacy.md"
         )
     return defense_of(name, **params)
+
+
+def check_together(defenses: Sequence[Defense]) -> None:
+    """Refuse two defenses in one place, of which only one would be applied.
+
+    Raises:
+        ConfigError: Naming both.
+    """
+    at: dict[str, str] = {}
+    for defense in defenses:
+        if defense.site in at:
+            raise ConfigError(
+                f"'{at[defense.site]}' and '{defense.name}' both stand at the {defense.site}, "
+                "where one is applied: leave one of them out"
+            )
+        at[defense.site] = defense.name
 
 
 def _plain(error: TypeError) -> str:

@@ -8,7 +8,8 @@
     <folder>/000004-gradient.safetensors      the gradient at the upper cut, if one left
 
 Tensors are recorded after every defense and as the server decodes them. The lines are chained by
-SHA-256 and counted in the head, so that a missing, changed or added one is seen.
+SHA-256, from the facts on, and counted in the head, so that a missing, changed or added one is
+seen.
 """
 
 # Shapes:  B batch   T tokens   D model width
@@ -32,7 +33,7 @@ from cutlayer.errors import DataError, StorageError
 __all__ = ["Departure", "TranscriptWriter", "read_transcript"]
 
 _HEAD, _INDEX = "head.json", "index.jsonl"
-FORMAT = 1
+FORMAT = 2
 
 
 @dataclass(frozen=True)
@@ -58,13 +59,16 @@ class Departure:
 class TranscriptWriter:
     """Record the departures of a run's steps 0, 1, 2, 4, 8, … up to a number of sequences."""
 
-    def __init__(self, folder: Path, facts: Mapping[str, Any], *, sequences: int) -> None:
+    def __init__(
+        self, folder: Path, facts: Mapping[str, Any], *, sequences: int, anew: bool = False
+    ) -> None:
         """Begin a transcript; one that stands there is continued if it is of the same run.
 
         Args:
             folder: Where it goes.
             facts: What an audit must know: model, revision, cut, codec, defense, versions.
             sequences: How many sequences to record at most.
+            anew: The run begins at its first step: what an earlier one recorded here goes.
 
         Raises:
             StorageError: If the folder cannot be written.
@@ -73,16 +77,18 @@ class TranscriptWriter:
         self._folder = folder
         self._left = sequences
         self._lines = 0
-        self._chain = ""
         self._facts = {"format": FORMAT, **facts}
+        self._chain = _beginning(self._facts)
+        # A resumed run counts its forwards from 1 again; here each has a number of its own.
+        self._before = 0
         self._recorded: set[int] = set()
         if (folder / _HEAD).exists():
-            self._go_on()
+            self._go_on(anew=anew)
         else:
             self._write(_INDEX, b"")
             self._write_head()
 
-    def _go_on(self) -> None:
+    def _go_on(self, *, anew: bool) -> None:
         self._drop_the_line_that_a_crash_left()
         head, lines = _read_index(self._folder)
         if head["facts"] != json.loads(json.dumps(self._facts)):
@@ -90,8 +96,24 @@ class TranscriptWriter:
                 f"'{self._folder}' holds the transcript of another run: name another output_dir, "
                 "or move it away"
             )
+        if anew:
+            self._write(_INDEX, b"")
+            self._write_head()
+            self._forget([line["file"] for line in lines])
+            return
         self._lines, self._chain = head["lines"], head["chain"]
+        self._before = max((line["number"] for line in lines), default=0)
         self._left -= sum(line["shape"][0] for line in lines if line["kind"] == "activations")
+
+    def _forget(self, files: Sequence[str]) -> None:
+        try:
+            for file in files:
+                (self._folder / Path(file).name).unlink(missing_ok=True)
+        except OSError as error:
+            raise StorageError(
+                f"the earlier transcript in '{self._folder}' could not be taken away "
+                f"({error.strerror}): move it away"
+            ) from error
 
     def _drop_the_line_that_a_crash_left(self) -> None:
         """Take back what was appended to the index after the head was last written."""
@@ -170,7 +192,7 @@ class TranscriptWriter:
         first = next(iter(tensors.values()), None)
         line = {
             "kind": kind,
-            "number": number,
+            "number": self._before + number,
             "step": step,
             "file": file,
             "shape": list(first.shape) if first is not None else [0],
@@ -198,8 +220,11 @@ class TranscriptWriter:
                     file.write(body)
                 return
             aside = path.with_name(f".{name}.part")
-            aside.write_bytes(body)
-            os.chmod(aside, 0o600)
+            aside.unlink(missing_ok=True)
+            # Never readable by others, not even for a moment.
+            handle = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+            with os.fdopen(handle, "wb") as file:
+                file.write(body)
             aside.replace(path)
         except OSError as error:
             raise StorageError(
@@ -223,24 +248,25 @@ def _read_index(folder: Path) -> tuple[dict[str, Any], list[dict[str, Any]]]:
         head = json.loads((folder / _HEAD).read_text())
         texts = (folder / _INDEX).read_text().splitlines()
         lines = [json.loads(text) for text in texts]
-        facts, count, chain = head["facts"], int(head["lines"]), str(head["chain"])
+        facts, count, chain = dict(head["facts"]), int(head["lines"]), str(head["chain"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"'{folder}' holds no transcript that can be read ({type(error).__name__}): train with "
             "split_transcript above 0, and name the run's output_dir"
         ) from error
-    previous = ""
-    for number, (text, line) in enumerate(zip(texts, lines, strict=True)):
-        if line.get("previous") != previous:
-            raise _damaged(folder, f"line {number + 1} of its index does not follow the one before")
-        previous = hashlib.sha256(text.encode()).hexdigest()
-    if len(lines) != count or previous != chain:
-        raise _damaged(folder, f"its index has {len(lines)} lines and its head tells {count}")
     if facts.get("format") != FORMAT:
         raise DataError(
             f"'{folder}' is a transcript of format {facts.get('format')} and this version reads "
             f"{FORMAT}: audit it with the version that wrote it"
         )
+    previous = _beginning(facts)
+    for number, (text, line) in enumerate(zip(texts, lines, strict=True)):
+        if not isinstance(line, dict) or line.get("previous") != previous:
+            before = "the one before" if number else "the run's facts"
+            raise _damaged(folder, f"line {number + 1} of its index does not follow {before}")
+        previous = hashlib.sha256(text.encode()).hexdigest()
+    if len(lines) != count or previous != chain:
+        raise _damaged(folder, f"its index has {len(lines)} lines and its head tells {count}")
     return {"facts": facts, "lines": count, "chain": chain}, lines
 
 
@@ -254,14 +280,16 @@ def _departures(folder: Path, lines: list[dict[str, Any]]) -> Iterator[Departure
     for line in lines:
         if line["kind"] != "activations":
             continue
-        sent = _tensors(folder, line)
         truth = of.get(("truth", line["number"]))
+        if truth is None:
+            continue  # the client was killed before it wrote them down
+        sent = _tensors(folder, line)
         yield Departure(
             number=line["number"],
             step=line["step"],
             smashed_BTD=sent.pop("smashed"),
             carried=sent,
-            truth=_tensors(folder, truth) if truth else {},
+            truth=_tensors(folder, truth),
             trunk_out_BTD=one("trunk_out", line["number"]),
             gradient_BTD=one("gradient", line["number"]),
             referenced=tuple(line.get("referenced", ())),
@@ -282,6 +310,11 @@ def _tensors(folder: Path, line: Mapping[str, Any]) -> dict[str, Tensor]:
     except SafetensorError as error:
         raise _damaged(folder, f"{file} is no tensor file") from error
     return tensors
+
+
+def _beginning(facts: Mapping[str, Any]) -> str:
+    """Return what the first line follows: the run's facts, which the chain thus covers."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def _damaged(folder: Path, how: str) -> DataError:

@@ -1,0 +1,78 @@
+"""Arguments that make no sense, each refused in one sentence before anything is done."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cutlayer.cli.card import _recipients
+from cutlayer.cli.main import main
+from tests.cli.test_by_hand import one_sentence, saved_tiny, write_rows, write_run
+from tests.tokens import dataset
+
+SERVE = ["serve", "--model_name_or_path", "m", "--split_bottom_layers", "1"]
+SERVE += ["--split_top_layers", "1", "--certs", "certs"]
+GENERATE = ["generate", "--config", "run.yaml", "--prompt", "w20"]
+
+BAD = {
+    "a port below 0": ([*SERVE, "--port", "-1"], "--port -1: a port is from 0 to 65535"),
+    "a port of five nines": ([*SERVE, "--metrics_port", "99999"], "--metrics_port 99999"),
+    "nobody let in": ([*SERVE, "--max_sessions", "0"], "--max_sessions 0: it must be at least 1"),
+    "a time before now": ([*SERVE, "--send_once_ttl_s", "-1"], "--send_once_ttl_s -1"),
+    "no time": ([*SERVE, "--lease_s", "nan"], "--lease_s nan"),
+    "a device that is none": ([*SERVE, "--device", "gpu"], "--device 'gpu' cannot be used here"),
+    "threads below 1": ([*SERVE, "--threads", "-2"], "--threads -2: it must be at least 1"),
+    "a host with its port": (["certs", "init", "--host", "gpu.org:7443"], "without https:// and"),
+    "a page for a host": (["certs", "init", "--host", "https://gpu.org"], "without https:// and"),
+    "a host of two words": (["certs", "init", "--host", "a b"], "no name and no address"),
+    "a client elsewhere": (["certs", "client", "--name", "../evil"], "'../evil' is no plain name"),
+    "a client without a name": (["certs", "init", "--client", ""], "'' is no plain name"),
+    "a link of no width": (
+        ["preview", "--config", "run.yaml", "--bandwidth_mbit", "0"],
+        "--bandwidth_mbit 0 a number above 0",
+    ),
+    "samples below 0": (["preview", "--config", "run.yaml", "--samples", "-1"], "--samples -1"),
+    "no warmth": ([*GENERATE, "--temperature", "-1"], "--temperature -1 a number of at least 0"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_numbers_and_names_that_cannot_be(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """The flag is named with its value, and nothing was written."""
+    monkeypatch.chdir(tmp_path)
+    words, told = BAD[name]
+
+    assert one_sentence(words, capsys, told) == 2
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("host", ["gpu.example.org", "*.example.org", "10.0.0.1", "::1", "gpu_1"])
+def test_hosts_that_can_be(host: str, tmp_path: Path):
+    """Names, one with a star, and addresses of both kinds."""
+    assert main(["certs", "init", "--dir", str(tmp_path / "certs"), "--host", host]) == 0
+
+
+def test_a_preview_shows_as_many_samples_as_are_asked_for(
+    folder_of: Any, tmp_path: Path, capsys: Any
+):
+    """Not eight at most."""
+    write_rows(tmp_path, [{"text": text} for text in dataset(12)["text"]])
+    config = write_run(tmp_path, saved_tiny(folder_of, tmp_path, "llama"), 1)
+
+    words = ["preview", "--config", str(config), "--samples", "10", "--format", "json"]
+    assert main(words) == 0
+    assert len(json.loads(capsys.readouterr().out)["samples"]) == 10
+
+
+def test_a_card_rounds_epsilon_up(tmp_path: Path):
+    """A promise is never printed smaller than it is, that of several adapters neither."""
+    found = {"words": "", "adapters_of_this_data": 2, "epsilon_of_all_of_them": 8.0004}
+    body = json.dumps({"against_recipients_of_the_adapter": found})
+    (tmp_path / "guarantee.json").write_text(body)
+
+    assert "epsilon 8.01 at the same delta" in _recipients(tmp_path)
