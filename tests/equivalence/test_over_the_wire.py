@@ -6,6 +6,8 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +17,7 @@ from transformers import AutoModelForCausalLM
 from cutlayer.client.remote_trunk import Sent
 from cutlayer.errors import CannotCut, ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
-from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
+from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, lora
 
 STEPS = 4
 
@@ -324,6 +326,22 @@ def test_two_tenants_interleaved_are_each_alone(llama: Site):
         together = [(seen[0], adapter_of(one)), (seen[1], adapter_of(two))]
 
     assert equal(alone, together)
+
+
+def test_models_may_be_connected_by_several_threads(llama: Site, certs: Path, tmp_path: Path):
+    """Each starts from the numbers of its seed, while torch is patched for one of them at most."""
+
+    def start_of(seed: int) -> dict[str, torch.Tensor]:
+        with site.connect(seed=seed) as split:
+            return adapter_of(split)
+
+    with ServerProcess(llama.folder, certs, tmp_path) as server:
+        site = Site(llama.folder, certs, server)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(start_of, range(8)))
+        expected = [start_of(seed) for seed in range(8)]
+
+    assert equal(expected, found)
 
 
 def test_tenants_share_the_frozen_weights(llama: Site):
