@@ -14,6 +14,7 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import cutlayer
 from cutlayer.client.remote_trunk import Sent
 from cutlayer.errors import CannotCut, ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
@@ -90,6 +91,21 @@ def test_a_family_whose_embedding_lies_deeper_is_exact(folder_of, serve, model_t
 def test_every_optimizer_of_the_table_is_exact(llama: Site, optimizer: type):
     """The trunk's optimizer does what the client's does, with accumulation over two batches."""
     same_run(llama, llama.connect(), llama.unsplit(), steps=3, accumulate=2, kind=optimizer)
+
+
+def test_groups_by_layer_are_told_of(llama: Site, caplog: pytest.LogCaptureFixture):
+    """Which group a trunk's layer is in follows from its kind, so a group a layer is no order."""
+    with llama.connect() as split:
+        trained = {n: p for n, p in split.named_parameters() if p.requires_grad}
+        top = [p for n, p in trained.items() if ".layers.5." in n]
+        bottom = [p for n, p in trained.items() if ".layers.5." not in n]
+        groups = [{"params": bottom, "lr": 1e-3}, {"params": top, "lr": 1e-2}]
+        optimizer = torch.optim.SGD(groups)
+        cutlayer.attach(optimizer, split)
+        split.train()(**batch_of(1)).loss.backward()
+        optimizer.step()
+
+    assert "in different groups of the optimizer" in caplog.text
 
 
 def test_a_setting_that_cannot_be_told_is_refused(llama: Site):
