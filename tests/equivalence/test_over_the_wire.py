@@ -6,16 +6,19 @@ from __future__ import annotations
 
 import copy
 import gc
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM
 
+import cutlayer
 from cutlayer.client.remote_trunk import Sent
 from cutlayer.errors import CannotCut, ConfigError
 from cutlayer.server.optimizers import OPTIMIZERS
-from tests.site import Loop, Site, adapter_of, batch_of, equal, lora
+from tests.site import Loop, ServerProcess, Site, adapter_of, batch_of, equal, lora
 
 STEPS = 4
 
@@ -88,6 +91,21 @@ def test_a_family_whose_embedding_lies_deeper_is_exact(folder_of, serve, model_t
 def test_every_optimizer_of_the_table_is_exact(llama: Site, optimizer: type):
     """The trunk's optimizer does what the client's does, with accumulation over two batches."""
     same_run(llama, llama.connect(), llama.unsplit(), steps=3, accumulate=2, kind=optimizer)
+
+
+def test_groups_by_layer_are_told_of(llama: Site, caplog: pytest.LogCaptureFixture):
+    """Which group a trunk's layer is in follows from its kind, so a group a layer is no order."""
+    with llama.connect() as split:
+        trained = {n: p for n, p in split.named_parameters() if p.requires_grad}
+        top = [p for n, p in trained.items() if ".layers.5." in n]
+        bottom = [p for n, p in trained.items() if ".layers.5." not in n]
+        groups = [{"params": bottom, "lr": 1e-3}, {"params": top, "lr": 1e-2}]
+        optimizer = torch.optim.SGD(groups)
+        cutlayer.attach(optimizer, split)
+        split.train()(**batch_of(1)).loss.backward()
+        optimizer.step()
+
+    assert "in different groups of the optimizer" in caplog.text
 
 
 def test_a_setting_that_cannot_be_told_is_refused(llama: Site):
@@ -324,6 +342,22 @@ def test_two_tenants_interleaved_are_each_alone(llama: Site):
         together = [(seen[0], adapter_of(one)), (seen[1], adapter_of(two))]
 
     assert equal(alone, together)
+
+
+def test_models_may_be_connected_by_several_threads(llama: Site, certs: Path, tmp_path: Path):
+    """Each starts from the numbers of its seed, while torch is patched for one of them at most."""
+
+    def start_of(seed: int) -> dict[str, torch.Tensor]:
+        with site.connect(seed=seed) as split:
+            return adapter_of(split)
+
+    with ServerProcess(llama.folder, certs, tmp_path) as server:
+        site = Site(llama.folder, certs, server)
+        with ThreadPoolExecutor(4) as pool:
+            found = list(pool.map(start_of, range(8)))
+        expected = [start_of(seed) for seed in range(8)]
+
+    assert equal(expected, found)
 
 
 def test_tenants_share_the_frozen_weights(llama: Site):

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import threading
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from peft import LoraConfig, PeftConfig
 
@@ -41,6 +42,9 @@ from cutlayer.wire.codecs import codec_faults, codecs_of
 from cutlayer.wire.tensors import DTYPES
 
 __all__ = ["connect"]
+
+_Made = TypeVar("_Made")
+_BUILDING = threading.Lock()
 
 _CLASSES: dict[str, type[Any]] = {
     "causal-lm": SplitModelForCausalLM,
@@ -141,10 +145,10 @@ def connect(
     """
     codecs = _checked(codecs_of(codec), chunks, dtype, lean_head and task)
     _check_books(defenses, ledger)
-    checkpoint, skeleton = _opened(model, revision, task, config_overrides)
+    checkpoint, skeleton = _alone(_opened, model, revision, task, config_overrides)
     layers = skeleton.anatomy.num_layers
     cut = Cut.leaving(bottom_layers=bottom_layers, top_layers=top_layers, num_layers=layers)
-    plan = _plan(skeleton, peft_config, cut, train, seed, model)
+    plan = _alone(_plan, skeleton, peft_config, cut, train, seed, model)
     connection = Connection(
         Address.of(server, ca, cert, key, token_file, token, plaintext, attestation_policy),
         connect_timeout_s=connect_timeout_s,
@@ -155,7 +159,7 @@ def connect(
         remote = RemoteTrunk(skeleton.anatomy, cut.lower, seed=seed)
         attention = {"attn_implementation": attn_implementation} if attn_implementation else {}
         settings = {"config": checkpoint.config, "dtype": DTYPES[dtype], **attention}
-        ends = load_ends(checkpoint, skeleton, cut, remote, **settings)
+        ends = _alone(load_ends, checkpoint, skeleton, cut, remote, **settings)
         held = {"task": task, "dtype": dtype, "quantization": quantization, "ends": ends}
         begin_send_once(connection, defenses, send_once)
         asked = pb.OpenSessionRequest(
@@ -172,7 +176,7 @@ def connect(
         remote.link = link = TrunkLink(connection, codecs=codecs)
         remote.departures = Departures(defenses, ledger, transcript, link.as_it_arrives)
         defend_embedding(ends, defenses)
-        split = _CLASSES[task](ends.requires_grad_(False), ends_config(plan), ADAPTER)
+        split = _alone(_CLASSES[task], ends.requires_grad_(False), ends_config(plan), ADAPTER)
         seed_adapter(split, seed)
         split.connection, split.remote_trunk, split.plan = connection, remote, plan
         split.anatomy, split.cut, split.keeps_adapter = skeleton.anatomy, cut, reply.keeps_adapter
@@ -183,6 +187,12 @@ def connect(
     except BaseException:
         connection.close()
         raise
+
+
+def _alone(build: Callable[..., _Made], *args: Any, **settings: Any) -> _Made:
+    """Build while nobody else does: peft and transformers patch torch for all threads meanwhile."""
+    with _BUILDING:
+        return build(*args, **settings)
 
 
 def _check_books(defenses: Sequence[Defense], ledger: Ledger | None) -> None:

@@ -112,6 +112,17 @@ class TrunkOptimizer:
             for name, p in self._parameters.items()
             if id(p) in index_of
         }
+        torn = [
+            name
+            for name, p in self._parameters.items()
+            if index_of.get(id(p)) not in (None, twins.get(_LAYER.sub(".", name, count=1)))
+        ]
+        if torn and self._model.connection.parameters:
+            log.warning(
+                "'%s' and its like in other layers are in different groups of the optimizer: the "
+                "trunk's are in the last of these",
+                torn[0],
+            )
         members: dict[int, list[str]] = {}
         for name in self._model.connection.parameters:
             members.setdefault(twins.get(_LAYER.sub(".", name, count=1), 0), []).append(name)

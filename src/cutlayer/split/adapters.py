@@ -260,23 +260,23 @@ def seed_adapter(model: nn.Module, seed: int = 0) -> None:
 
 def _seed_layer(module: LoraLayer, adapter: str, rank: int, key: str, config: Any) -> None:
     digest = hashlib.sha256(key.encode()).digest()
-    # The numbers come from the CPU's generator alone, hence no devices.
-    with torch.random.fork_rng(devices=[]), torch.no_grad():
-        torch.manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    # Of the CPU, and our own: other threads draw from the global one.
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+    with torch.no_grad():
         gaussian = getattr(config, "init_lora_weights", True) == "gaussian"
         if adapter in module.lora_A:
             weight = module.lora_A[adapter].weight
             start = torch.empty(weight.shape)
             if gaussian:
-                nn.init.normal_(start, std=1 / rank)
+                nn.init.normal_(start, std=1 / rank, generator=generator)
             else:
-                nn.init.kaiming_uniform_(start, a=5**0.5)
+                nn.init.kaiming_uniform_(start, a=5**0.5, generator=generator)
             weight.copy_(start)
             module.lora_B[adapter].weight.zero_()
         if adapter in module.lora_embedding_A:
             module.lora_embedding_A[adapter].zero_()
             module.lora_embedding_B[adapter].copy_(
-                torch.randn(module.lora_embedding_B[adapter].shape)
+                torch.randn(module.lora_embedding_B[adapter].shape, generator=generator)
             )
 
 
