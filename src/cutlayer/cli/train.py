@@ -119,7 +119,13 @@ def make_trainer(
     from datasets.utils.logging import disable_progress_bar
     from transformers import PrinterCallback, ProgressCallback
 
-    from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
+    from cutlayer.cli.data import (
+        check_lengths,
+        check_supervised,
+        classes_of,
+        load_split,
+        load_tokenizer,
+    )
     from cutlayer.cli.privacy import cost_of, ledger_of, transcript_of
     from cutlayer.cli.progress import LiveProgress
     from cutlayer.client.connect import connect
@@ -139,7 +145,9 @@ def make_trainer(
     if str(settings.sft.eval_strategy) not in ("no", "IntervalStrategy.NO"):
         held_out = load_split(settings, settings.data.dataset_test_split)
     tokenizer = load_tokenizer(settings)
-    given = connect_settings(settings) | _classes_of(settings, data)
+    given = connect_settings(settings)
+    if settings.split.task == "sequence-classification":
+        given["num_labels"] = classes_of(data, checkpoint.config, given["model"])
     layers = skeleton_of(checkpoint.config, given["task"]).anatomy.num_layers
     width = checkpoint.config.get_text_config().hidden_size
     for line in cost_of(given["defenses"], settings.sft.max_length or 0, width):
@@ -165,12 +173,6 @@ def make_trainer(
         trainer.remove_callback(callback)
     trainer.add_callback(LiveProgress(model.connection))
     return trainer, model
-
-
-def _classes_of(settings: Run, data: Any) -> dict[str, Any]:
-    if settings.split.task != "sequence-classification":
-        return {}
-    return {"num_labels": len(set(data["label"]))}
 
 
 def _made(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
