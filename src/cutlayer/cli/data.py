@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run
-from cutlayer.errors import ConfigError, DataError, ModelError
+from cutlayer.errors import ConfigError, CutlayerError, DataError, ModelError
 
-__all__ = ["check_lengths", "check_supervised", "classes_of", "load_split", "load_tokenizer"]
+__all__ = [
+    "check_lengths",
+    "check_supervised",
+    "classes_of",
+    "in_the_trainers_words",
+    "load_split",
+    "load_tokenizer",
+]
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -134,6 +142,22 @@ def classes_of(data: Any, config: Any, name: str) -> int:
             "counted from 0: number the labels as the head does, or begin with a model without one"
         )
     return int(config.num_labels)
+
+
+@contextlib.contextmanager
+def in_the_trainers_words() -> Iterator[None]:
+    """While open, what TRL's trainer refuses is a fault of the run, told in its own words.
+
+    Raises:
+        ConfigError: With them.
+    """
+    try:
+        yield
+    except CutlayerError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the trainer refuses this run ({what}): change what it names") from error
 
 
 def load_tokenizer(run: Run) -> Any:

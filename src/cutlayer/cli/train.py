@@ -12,7 +12,7 @@ from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.dp import refuse_what_does_not_fit, train_privately
 from cutlayer.cli.main import add_format, report, settle
 from cutlayer.cli.reattack import adversary_of, reattack, refuse_what_cannot_be_attacked
-from cutlayer.errors import ConfigError, CutlayerError, NotFinite
+from cutlayer.errors import ConfigError, NotFinite
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -123,6 +123,7 @@ def make_trainer(
         check_lengths,
         check_supervised,
         classes_of,
+        in_the_trainers_words,
         load_split,
         load_tokenizer,
     )
@@ -161,7 +162,8 @@ def make_trainer(
             ledger.close()
         raise
     try:
-        trainer = _made(settings, model, tokenizer, data, held_out)
+        with in_the_trainers_words():
+            trainer = _trainer(settings, model, tokenizer, data, held_out)
         if settings.split.task == "causal-lm":
             packed = settings.sft.packing
             check_supervised(trainer.train_dataset, of=len(data), packed=packed)
@@ -173,17 +175,6 @@ def make_trainer(
         trainer.remove_callback(callback)
     trainer.add_callback(LiveProgress(model.connection))
     return trainer, model
-
-
-def _made(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
-    """Return the trainer, or say in its own words what it refuses."""
-    try:
-        return _trainer(settings, model, tokenizer, data, held_out)
-    except CutlayerError:
-        raise
-    except (ValueError, ImportError, RuntimeError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the trainer refuses this run ({what}): change what it names") from error
 
 
 def _trainer(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
