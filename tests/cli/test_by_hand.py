@@ -13,8 +13,9 @@ import pytest
 import torch
 import yaml
 from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification
 
+from cutlayer.cli.data import classes_of
 from cutlayer.cli.main import main
 from tests.site import ServerProcess, Site
 from tests.tokens import dataset, tokenizer
@@ -202,6 +203,14 @@ def test_a_bad_run_ends_in_one_sentence(
 
 BAD_ROWS = {
     "no usable column": ([{"question": "w20", "answer": "w21"}] * 4, "it needs messages"),
+    "a text left out": ([{"text": "w20 w21"}, {"text": None}], "row 1 of dataset"),
+    "a number for a text": ([{"text": 5}] * 4, "text = '5': it must be text"),
+    "no messages": ([{"messages": []}] * 4, "has no messages"),
+    "messages of another kind": (
+        [{"messages": [{"from": "user", "value": "w20"}]}] * 4,
+        "must be a list of {role, content}",
+    ),
+    "a prompt left out": ([{"prompt": None, "completion": "w20"}] * 4, "has no prompt"),
     "no rows": ([], "no"),
     "no supervised token": (
         [{"prompt": "w20 w21 w22", "completion": " w23"}] * 3
@@ -229,6 +238,43 @@ def test_bad_rows_end_in_one_sentence(
     )
 
     assert one_sentence(["train", "--config", str(config)], capsys, words) in range(2, 9)
+
+
+BAD_LABELS = {
+    "names": (["a", "b"], "label = 'a': it must be the number of a class"),
+    "one left out": ([0, None], "row 1 of dataset"),
+    "below 0": ([0, -1], "label = '-1'"),
+    "beyond the head": ([1, 2, 3], "label 3 and the head of"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_LABELS)
+def test_labels_that_are_no_classes_end_in_one_sentence(
+    name: str, folder_of: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    """Before the server is reached."""
+    model = saved_tiny(folder_of, tmp_path, "bert", task="sequence-classification")
+    labels, words = BAD_LABELS[name]
+    texts = dataset(6)["text"]
+    rows = [{"text": t, "label": labels[n % len(labels)]} for n, t in enumerate(texts)]
+    write_rows(tmp_path, rows)
+    config = write_run(tmp_path, model, 1, split_task="sequence-classification")
+
+    assert one_sentence(["train", "--config", str(config)], capsys, words) == 3
+
+
+def test_a_head_keeps_the_classes_that_the_data_has_not(folder_of: Any, tmp_path: Path):
+    """Rows of two of three classes train a head of three; without a head, the greatest counts."""
+    data, config = (
+        {"label": [0, 1, 1]},
+        AutoConfig.from_pretrained(
+            saved_tiny(folder_of, tmp_path, "bert", task="sequence-classification")
+        ),
+    )
+
+    assert classes_of(data, config, "m") == 3
+    config.architectures = ["BertModel"]
+    assert classes_of({"label": [0, 4]}, config, "m") == 5
 
 
 BAD_FILES = {

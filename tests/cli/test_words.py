@@ -20,9 +20,6 @@ GENERATE = ["generate", "--config", "run.yaml", "--prompt", "w20"]
 BAD = {
     "a port below 0": ([*SERVE, "--port", "-1"], "--port -1: a port is from 0 to 65535"),
     "a port of five nines": ([*SERVE, "--metrics_port", "99999"], "--metrics_port 99999"),
-    "nobody let in": ([*SERVE, "--max_sessions", "0"], "--max_sessions 0: it must be at least 1"),
-    "a time before now": ([*SERVE, "--send_once_ttl_s", "-1"], "--send_once_ttl_s -1"),
-    "no time": ([*SERVE, "--lease_s", "nan"], "--lease_s nan"),
     "a device that is none": ([*SERVE, "--device", "gpu"], "--device 'gpu' cannot be used here"),
     "threads below 1": ([*SERVE, "--threads", "-2"], "--threads -2: it must be at least 1"),
     "a host with its port": (["certs", "init", "--host", "gpu.org:7443"], "without https:// and"),
@@ -55,6 +52,40 @@ def test_numbers_and_names_that_cannot_be(
 def test_hosts_that_can_be(host: str, tmp_path: Path):
     """Names, one with a star, and addresses of both kinds."""
     assert main(["certs", "init", "--dir", str(tmp_path / "certs"), "--host", host]) == 0
+
+
+def test_a_token_is_printed_where_the_user_has_no_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+):
+    """A container runs under a number: the tenant is added, and its token must not be lost."""
+
+    def nobody() -> str:
+        raise OSError("No username set in the environment")
+
+    monkeypatch.setattr("getpass.getuser", nobody)
+    state = tmp_path / "state"
+
+    assert main(["tenants", "add", "ward-a", "--state_dir", str(state)]) == 0
+    assert capsys.readouterr().out.startswith("cutlayer_")
+    assert '"uid ' in (state / "audit.jsonl").read_text()
+
+
+def test_a_token_is_made_only_where_it_can_be_logged(tmp_path: Path, capsys: Any):
+    """An audit log that cannot be opened is told before there is a token that nobody sees."""
+    state = tmp_path / "state"
+    words = ["tenants", "add", "ward-a", "--state_dir", str(state)]
+
+    assert one_sentence([*words, "--audit_log", str(tmp_path)], capsys, "audit log") == 8
+    assert main(words) == 0
+
+
+def test_a_preview_tells_what_the_trainer_refuses(folder_of: Any, tmp_path: Path, capsys: Any):
+    """As `train` does."""
+    write_rows(tmp_path, [{"text": text} for text in dataset(4)["text"]])
+    model = saved_tiny(folder_of, tmp_path, "llama")
+    config = write_run(tmp_path, model, 1, padding_free=True)
+
+    assert one_sentence(["preview", "--config", str(config)], capsys, "the trainer refuses") == 2
 
 
 def test_a_preview_shows_as_many_samples_as_are_asked_for(

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import datetime as dt
-import getpass
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.main import add_format, report
-from cutlayer.cli.tenants import add_audit_log, add_state_dir, audit_log_of
+from cutlayer.cli.tenants import add_audit_log, add_state_dir, audit_log_of, whoever
 from cutlayer.errors import ConfigError
 
 
@@ -58,7 +57,7 @@ def run(args: argparse.Namespace) -> int:
     gone = delete(root, tenant, name, args.step) if states_too else []
     gone_bytes = drop_rows(root, tenant, name) if rows_too else 0
     if gone_bytes:
-        by = getpass.getuser()
+        by = whoever()
         audit.write("deleted", tenant=tenant, run=name, row_bytes=gone_bytes, by=by)
     for kept in gone:
         audit.write(
@@ -67,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
             run=name,
             step=kept.step,
             size_bytes=kept.size_bytes,
-            by=getpass.getuser(),
+            by=whoever(),
         )
     audit.close()
     steps = ", ".join(str(kept.step) for kept in gone) or "none"

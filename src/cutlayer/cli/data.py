@@ -2,13 +2,22 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cutlayer.cli.config import Run
-from cutlayer.errors import ConfigError, DataError, ModelError
+from cutlayer.errors import ConfigError, CutlayerError, DataError, ModelError
 
-__all__ = ["check_lengths", "check_supervised", "load_split", "load_tokenizer"]
+__all__ = [
+    "check_lengths",
+    "check_supervised",
+    "classes_of",
+    "in_the_trainers_words",
+    "load_split",
+    "load_tokenizer",
+]
 
 _READERS = {".jsonl": "json", ".json": "json", ".csv": "csv", ".parquet": "parquet"}
 
@@ -54,7 +63,8 @@ def load_split(run: Run, split: str) -> Any:
         else:
             data = load_dataset(name, run.data.dataset_config, split=split)
     except Exception as error:  # each of the library's readers raises its own kinds
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0][:200]
+        cause = error.__cause__ or error  # what the reader itself said, and where
+        reason = (str(cause).strip().splitlines() or [type(cause).__name__])[0][:200]
         raise DataError(f"dataset '{name}' cannot be read ({reason})") from error
     if len(data) == 0:
         raise DataError(f"dataset '{name}' has no rows")
@@ -64,7 +74,90 @@ def load_split(run: Run, split: str) -> Any:
         raise DataError(
             f"dataset '{name}' has the columns {', '.join(data.column_names)}: it needs {shapes}"
         )
+    used = next(columns for columns in wanted if set(columns) <= set(data.column_names))
+    for column in used:
+        _check_column(name, data, column)
     return data
+
+
+def _check_column(name: str, data: Any, column: str) -> None:
+    """Refuse rows of which a trainer could make nothing.
+
+    Raises:
+        DataError: Naming the first.
+    """
+    fits, asked = _CELLS[column]
+    for row, value in enumerate(data[column]):
+        if value is None or value == []:
+            raise DataError(
+                f"row {row} of dataset '{name}' has no {column}: fill it in, or take the row out"
+            )
+        if not fits(value):
+            raise DataError(
+                f"row {row} of dataset '{name}' has {column} = {str(value)[:40]!r}: it must be "
+                f"{asked}"
+            )
+
+
+def _are_messages(value: Any) -> bool:
+    return isinstance(value, list) and all(
+        isinstance(one, dict) and {"role", "content"} <= one.keys() for one in value
+    )
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _is_text_or_messages(value: Any) -> bool:
+    return isinstance(value, str) or _are_messages(value)
+
+
+def _is_class(value: Any) -> bool:
+    return type(value) is int and value >= 0
+
+
+_CELLS: dict[str, tuple[Callable[[Any], bool], str]] = {
+    "messages": (_are_messages, "a list of {role, content}"),
+    "prompt": (_is_text_or_messages, "text, or a list of {role, content}"),
+    "completion": (_is_text_or_messages, "text, or a list of {role, content}"),
+    "text": (_is_text, "text"),
+    "label": (_is_class, "the number of a class, from 0 up"),
+}
+
+
+def classes_of(data: Any, config: Any, name: str) -> int:
+    """Return how many classes a classifier has: its head's, or those of the data.
+
+    Raises:
+        DataError: If the data has more than the head.
+    """
+    most = max(data["label"])
+    is_trained = any(str(a).endswith("SequenceClassification") for a in config.architectures or ())
+    if not is_trained:
+        return most + 1
+    if most >= config.num_labels:
+        raise DataError(
+            f"the data has label {most} and the head of '{name}' has {config.num_labels} classes, "
+            "counted from 0: number the labels as the head does, or begin with a model without one"
+        )
+    return int(config.num_labels)
+
+
+@contextlib.contextmanager
+def in_the_trainers_words() -> Iterator[None]:
+    """While open, what TRL's trainer refuses is a fault of the run, told in its own words.
+
+    Raises:
+        ConfigError: With them.
+    """
+    try:
+        yield
+    except CutlayerError:
+        raise
+    except (ValueError, ImportError, RuntimeError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(f"the trainer refuses this run ({what}): change what it names") from error
 
 
 def load_tokenizer(run: Run) -> Any:

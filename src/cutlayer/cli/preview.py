@@ -76,7 +76,7 @@ def prepared(settings: Run, data: Any, tokenizer: Any) -> Any:
     from transformers import LlamaConfig, LlamaForCausalLM
     from trl import SFTTrainer
 
-    from cutlayer.cli.data import check_supervised
+    from cutlayer.cli.data import check_supervised, in_the_trainers_words
 
     small = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -85,7 +85,7 @@ def prepared(settings: Run, data: Any, tokenizer: Any) -> Any:
         num_hidden_layers=1,
         num_attention_heads=1,
     )
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, in_the_trainers_words():
         args = copy.copy(settings.sft)
         args.output_dir = folder
         trainer = SFTTrainer(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import logging
-import math
 import resource
 import signal
 import threading
@@ -99,9 +98,10 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.watch import Watch
 
     begin_log(args.log_format)
-    _check(args)
     settle(args.threads)
     _allow_many_connections()
+    _check_ports(args)
+    _check_device(args.device)
     auth = _auth(args)
     credentials = None if args.plaintext else server_credentials(*_tls_files(args, auth))
     attest = _attester(args)
@@ -128,8 +128,8 @@ def run(args: argparse.Namespace) -> int:
         quotas=Quotas(**quotas_of(args)),
         limits=Limits(max_sessions=args.max_sessions, lease_s=args.lease_s),
         attest=attest,
-        row_ttl_s=args.send_once_ttl_s,
-        fuse_tokens=args.fuse_tokens,
+        row_ttl_s=max(args.send_once_ttl_s, 0.0),
+        fuse_tokens=max(args.fuse_tokens, 0),
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
@@ -151,41 +151,6 @@ def run(args: argparse.Namespace) -> int:
     server.stop()
     presence.close()
     return 0
-
-
-def _check(args: argparse.Namespace) -> None:
-    """Refuse numbers that no server can have, all of them at once.
-
-    Raises:
-        ConfigError: Naming them.
-    """
-    faults = [
-        f"--{name} {number}: a port is from 0 to 65535"
-        for name in ("port", "metrics_port")
-        if (number := getattr(args, name)) is not None and not 0 <= number <= 65535
-    ]
-    faults += [
-        f"--{name} {number}: it must be at least {least} and finite"
-        for name, least in (("max_sessions", 1), ("send_once_ttl_s", 0), ("fuse_tokens", 0))
-        if not least <= (number := getattr(args, name)) < math.inf
-    ]
-    if not 0 < args.lease_s < math.inf:
-        faults.append(f"--lease_s {args.lease_s:g}: it must be a number of seconds above 0")
-    if faults:
-        raise ConfigError("; ".join(faults))
-    _check_device(args.device)
-
-
-def _check_device(name: str) -> None:
-    import torch
-
-    try:
-        torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"--device '{name}' cannot be used here ({what[:160]}): cpu, cuda, cuda:1, …"
-        ) from error
 
 
 def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: str) -> Status:
@@ -232,6 +197,28 @@ def _attester(args: argparse.Namespace) -> Callable[[bytes], bytes] | None:
         return software_attester(path).evidence(report_data(nonce, binding))
 
     return answer
+
+
+def _check_ports(args: argparse.Namespace) -> None:
+    faults = [
+        f"--{name} {number}: a port is from 0 to 65535"
+        for name in ("port", "metrics_port")
+        if (number := getattr(args, name)) is not None and not 0 <= number <= 65535
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
+
+
+def _check_device(name: str) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:
+        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ConfigError(
+            f"--device '{name}' cannot be used here ({what[:160]}): cpu, cuda, cuda:1, …"
+        ) from error
 
 
 def _auth(args: argparse.Namespace) -> str:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import datetime as dt
 import getpass
+import os
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ __all__ = [
     "audit_log_of",
     "journal_in",
     "quotas_of",
+    "whoever",
 ]
 
 _DONE = {
@@ -69,10 +71,11 @@ def run(args: argparse.Namespace) -> int:
     journal = journal_in(args.state_dir, make=args.what == "add")
     register = Register(journal)
     try:
+        # Opened first: a token that is made and then not printed is lost.
+        audit = audit_log_of(args) if args.what in _DONE else None
         facts, text = _ACTIONS[args.what](register, args)
-        if args.what in _DONE:
-            audit = audit_log_of(args)
-            audit.write(_DONE[args.what], tenant=args.name, by=getpass.getuser())
+        if audit is not None:
+            audit.write(_DONE[args.what], tenant=args.name, by=whoever())
             audit.close()
     finally:
         register.close()
@@ -162,6 +165,14 @@ def audit_log_of(args: argparse.Namespace) -> Any:
     from cutlayer.server.audit_log import AUDIT_LOG, AuditLog
 
     return AuditLog(Path(args.audit_log or Path(args.state_dir) / AUDIT_LOG))
+
+
+def whoever() -> str:
+    """Return the name of who runs this, or the number where a container gives that no name."""
+    try:
+        return getpass.getuser()
+    except (OSError, KeyError, ImportError):
+        return f"uid {os.getuid()}"
 
 
 def journal_in(state_dir: str, *, make: bool = False) -> Any:

@@ -12,7 +12,7 @@ from cutlayer.cli.config import Run, connect_settings, read_run
 from cutlayer.cli.dp import refuse_what_does_not_fit, train_privately
 from cutlayer.cli.main import add_format, report, settle
 from cutlayer.cli.reattack import adversary_of, reattack, refuse_what_cannot_be_attacked
-from cutlayer.errors import ConfigError, CutlayerError, NotFinite
+from cutlayer.errors import ConfigError, NotFinite
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -119,7 +119,14 @@ def make_trainer(
     from datasets.utils.logging import disable_progress_bar
     from transformers import PrinterCallback, ProgressCallback
 
-    from cutlayer.cli.data import check_lengths, check_supervised, load_split, load_tokenizer
+    from cutlayer.cli.data import (
+        check_lengths,
+        check_supervised,
+        classes_of,
+        in_the_trainers_words,
+        load_split,
+        load_tokenizer,
+    )
     from cutlayer.cli.privacy import cost_of, ledger_of, transcript_of
     from cutlayer.cli.progress import LiveProgress
     from cutlayer.client.connect import connect
@@ -139,7 +146,9 @@ def make_trainer(
     if str(settings.sft.eval_strategy) not in ("no", "IntervalStrategy.NO"):
         held_out = load_split(settings, settings.data.dataset_test_split)
     tokenizer = load_tokenizer(settings)
-    given = connect_settings(settings) | _classes_of(settings, data)
+    given = connect_settings(settings)
+    if settings.split.task == "sequence-classification":
+        given["num_labels"] = classes_of(data, checkpoint.config, given["model"])
     layers = skeleton_of(checkpoint.config, given["task"]).anatomy.num_layers
     width = checkpoint.config.get_text_config().hidden_size
     for line in cost_of(given["defenses"], settings.sft.max_length or 0, width):
@@ -153,7 +162,8 @@ def make_trainer(
             ledger.close()
         raise
     try:
-        trainer = _made(settings, model, tokenizer, data, held_out)
+        with in_the_trainers_words():
+            trainer = _trainer(settings, model, tokenizer, data, held_out)
         if settings.split.task == "causal-lm":
             packed = settings.sft.packing
             check_supervised(trainer.train_dataset, of=len(data), packed=packed)
@@ -165,23 +175,6 @@ def make_trainer(
         trainer.remove_callback(callback)
     trainer.add_callback(LiveProgress(model.connection))
     return trainer, model
-
-
-def _classes_of(settings: Run, data: Any) -> dict[str, Any]:
-    if settings.split.task != "sequence-classification":
-        return {}
-    return {"num_labels": len(set(data["label"]))}
-
-
-def _made(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
-    """Return the trainer, or say in its own words what it refuses."""
-    try:
-        return _trainer(settings, model, tokenizer, data, held_out)
-    except CutlayerError:
-        raise
-    except (ValueError, ImportError, RuntimeError) as error:
-        what = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"the trainer refuses this run ({what}): change what it names") from error
 
 
 def _trainer(settings: Run, model: Any, tokenizer: Any, data: Any, held_out: Any) -> Any:
