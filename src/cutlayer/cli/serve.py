@@ -98,6 +98,7 @@ def run(args: argparse.Namespace) -> int:
     from cutlayer.server.watch import Watch
 
     begin_log(args.log_format)
+    _refuse_out_of_bounds(args)
     settle(args.threads)
     _allow_many_connections()
     _check_ports(args)
@@ -197,6 +198,17 @@ def _attester(args: argparse.Namespace) -> Callable[[bytes], bytes] | None:
         return software_attester(path).evidence(report_data(nonce, binding))
 
     return answer
+
+
+def _refuse_out_of_bounds(args: argparse.Namespace) -> None:
+    least = {"lease_s": 1.0, "max_sessions": 1, "send_once_ttl_s": 0.0, "fuse_tokens": 0}
+    faults = [
+        f"--{name} {getattr(args, name)} must be at least {bound}"
+        for name, bound in least.items()
+        if not getattr(args, name) >= bound  # so that NaN is none
+    ]
+    if faults:
+        raise ConfigError("; ".join(faults))
 
 
 def _check_ports(args: argparse.Namespace) -> None:
