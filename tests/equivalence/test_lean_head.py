@@ -13,13 +13,14 @@ from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import ConfigError, ProtocolError
-from cutlayer.privacy.transcript import TranscriptWriter
+from cutlayer.privacy.transcript import TranscriptWriter, read_transcript
 from cutlayer.wire import cutlayer_pb2 as pb
 from tests.equivalence.test_trl import logged, trainer_of
 from tests.site import Loop, Site, adapter_of, batch_of, lora, site_of
 
 # What a product of fewer rows may round otherwise, in float32.
 RTOL, ATOL = 1e-5, 1e-6
+WATERFILL = {"gradients_up": "waterfill2"}
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +207,29 @@ def test_a_transcript_knows_the_labels(wide: Site, tmp_path: Path):
     kept = [load_file(file) for file in sorted((tmp_path / "transcript").glob("*.safetensors"))]
     labels = [tensors[n] for tensors in kept for n in tensors if "labels" in n]
     assert any(torch.equal(found, batch["labels"]) for found in labels)
+
+
+def test_a_transcript_has_the_gradient_that_the_server_has(wide: Site, tmp_path: Path):
+    """A codec that spends its bits by what leaves together has labelled positions alone to see."""
+    writer = TranscriptWriter(tmp_path, sequences=8, facts={})
+    reached: list[torch.Tensor] = []
+    settings: dict[str, Any] = {"bottom_layers": 1, "top_layers": 0, "codec": WATERFILL}
+    with wide.connect(lean_head=True, transcript=writer, **settings) as split:
+        trunk = wide.server.sessions.in_memory()[-1].trunk  # type: ignore[union-attr]
+        backward = trunk.backward
+
+        def seen(number: int, grad_BTD: torch.Tensor, **kwargs: Any) -> Any:
+            reached.append(grad_BTD.clone())
+            return backward(number, grad_BTD, **kwargs)
+
+        trunk.backward = seen
+        gradients(split, answers_only(0))
+
+    (departure,) = list(read_transcript(tmp_path)[1])
+    labels_BT = departure.truth["labels"]
+    has_loss_BT = torch.cat([labels_BT[:, 1:] != -100, torch.zeros(len(labels_BT), 1).bool()], 1)
+    assert departure.gradient_BTD is not None
+    assert torch.equal(departure.gradient_BTD[has_loss_BT], reached[0][0])
 
 
 def test_a_classifier_has_no_lean_head(wide: Site):

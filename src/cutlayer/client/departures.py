@@ -38,13 +38,13 @@ class Departures:
         defenses: At most one a channel.
         ledger: Where releases of formal defenses are booked.
         transcript: Where some of what leaves is kept for the audit.
-        as_it_arrives: What the server has of a tensor by its name, after the codec.
+        as_it_arrives: What the server has of a tensor, by its name and forward, after the codec.
     """
 
     defenses: Sequence[Defense] = ()
     ledger: Ledger | None = None
     transcript: TranscriptWriter | None = None
-    as_it_arrives: Callable[[str, Tensor], Tensor] = lambda _name, tensor: tensor
+    as_it_arrives: Callable[[str, Tensor, int], Tensor] = lambda _name, tensor, _forward: tensor
 
     def defended(self, hidden_BTD: Tensor, entry: Entry, past_tokens: int = 0) -> Tensor:
         """Return the activations that may leave; differentiable.
@@ -92,7 +92,7 @@ class Departures:
             if rows:
                 arrived_BTD = rows.as_the_server_has_it()
             else:
-                arrived_BTD = self.as_it_arrives("smashed", smashed_BTD.detach())
+                arrived_BTD = self.as_it_arrives("smashed", smashed_BTD.detach(), number)
             self.transcript.activations(
                 number,
                 step,
@@ -125,7 +125,7 @@ class Departures:
             grad_BTD = defense.apply(grad_BTD, None)
             self._book(defense, records, grad_BTD)
         if self.transcript:
-            arrived_BTD = self.as_it_arrives("gradient", grad_BTD.detach())
+            arrived_BTD = self.as_it_arrives("gradient", grad_BTD.detach(), number)
             self.transcript.gradient(number, step, arrived_BTD)
         return grad_BTD
 

@@ -100,10 +100,15 @@ class TrunkLink:
         self._connection.request(pb.Head(calibrate=pb.Calibrate()), tensors, unattended=True)
         self._connection.statics = {**self._connection.statics, **statics}
 
-    def as_it_arrives(self, name: str, tensor: Tensor) -> Tensor:
-        """Return a tensor that leaves as the server will have it: `smashed` or `gradient`."""
+    def as_it_arrives(self, name: str, tensor: Tensor, forward: int) -> Tensor:
+        """Return what leaves for a forward as the server will have it: `smashed` or `gradient`."""
         if name == "gradient":
-            return round_trip(self._codecs["gradients_up"], tensor)
+            wanted_N = self._wanted.get(forward)
+            leaving = tensor if wanted_N is None else _at(tensor, wanted_N)
+            arrived = round_trip(self._codecs["gradients_up"], leaving)
+            if wanted_N is None:
+                return arrived
+            return _placed(arrived, wanted_N=wanted_N, shape=tensor.shape)
         statics = self._statics(name)
         codec = in_force(self._codecs["activations_up"], statics)
         return round_trip(codec, tensor, statics if CODECS[codec].learns else None)
@@ -130,7 +135,7 @@ class TrunkLink:
         """Send the gradient of a forward's output; return the activations' gradient to come."""
         wanted_N = self._wanted.pop(forward, None)
         if wanted_N is not None:
-            grad_BTD = grad_BTD.flatten(0, 1)[wanted_N.to(grad_BTD.device)][None]
+            grad_BTD = _at(grad_BTD, wanted_N)
         asked = pb.Backward(forward_sequence=forward, hold=hold, norms=wants_norms)
         head, tensors = pb.Head(backward=asked), {"gradient": grad_BTD}
         pending = self._connection.request(
@@ -172,6 +177,11 @@ class TrunkLink:
     def drop_cache(self, cache: int) -> None:
         """Say that a KV cache is not needed any more."""
         self._connection.tell(pb.Head(drop_cache=pb.DropCache(cache=cache)))
+
+
+def _at(grad_BTD: Tensor, wanted_N: Tensor) -> Tensor:
+    """Return the gradient at the positions whose output was wanted, (1, N, D)."""
+    return grad_BTD.flatten(0, 1)[wanted_N.to(grad_BTD.device)][None]
 
 
 def _placed(out_1ND: Tensor, *, wanted_N: Tensor, shape: torch.Size) -> Tensor:
