@@ -14,12 +14,14 @@ from typing import Any
 
 import pytest
 import torch
+from prometheus_client import generate_latest
 from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import NotFinite
 from cutlayer.server.fused_batch import CannotFuse, _with_loras_of
 from cutlayer.server.fusing import Fuser
+from cutlayer.server.metrics import Metrics
 from cutlayer.wire import cutlayer_pb2 as pb
 from tests.site import Site, adapter_of, site_of
 
@@ -180,6 +182,9 @@ def test_each_of_a_batch_is_as_if_it_were_alone(house: House):
     together = [house.tenant(name, *shape, run="together") for name, shape in SHAPES.items()]
     house.steps(together, 4)
     assert house.fused == dict.fromkeys(SHAPES, 8)
+    metrics = Metrics()
+    metrics.fused = house.site.server.sessions.fuser.fused.copy
+    assert b'cutlayer_fused_total{tenant="ward-a"} 8.0' in generate_latest(metrics.registry)
 
     for mine in together:
         see_as_alone(house, mine, 4)

@@ -163,6 +163,8 @@ def _status(args: argparse.Namespace, metrics: Metrics, server: Server, auth: st
 
     metrics.runs = partial(runs_of, server.sessions)
     metrics.queue_depth = server.sessions.waiting
+    if server.sessions.fuser is not None:
+        metrics.fused = server.sessions.fuser.fused.copy
     about = {
         "version": version("cutlayer"),
         "model": Path(args.model_name_or_path).name,

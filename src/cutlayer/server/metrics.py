@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 from prometheus_client.metrics_core import Metric
 
 __all__ = ["Metrics", "RunFacts"]
@@ -46,6 +46,8 @@ class Metrics:
         """Gives the sessions of the moment; set by who has them."""
         self.queue_depth: Callable[[], int] = int
         """Gives how many requests wait for the trunk; set by who has the queue."""
+        self.fused: Callable[[], Mapping[str, int]] = dict
+        """Gives how many of each tenant's requests were computed together with others'."""
         made: dict[str, Any] = {"registry": self.registry}
         by_tenant = ["tenant"]
         self._steps = Counter("cutlayer_steps", "Optimizer steps", by_tenant, **made)
@@ -126,13 +128,13 @@ class Metrics:
 
 
 class _Now:
-    """What is true at the moment of asking."""
+    """What others count, or is true at the moment of asking."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
 
     def collect(self) -> Iterable[Metric]:
-        """Yield the gauges, for prometheus_client."""
+        """Yield gauges and counters, for prometheus_client."""
         runs = list(self._metrics.runs())
         sums: Mapping[str, tuple[str, Callable[[RunFacts], float]]] = {
             "cutlayer_sessions": ("Open sessions", lambda _: 1),
@@ -145,6 +147,12 @@ class _Now:
                 mine = [run for run in runs if run.tenant == tenant and run.state != "parked"]
                 gauge.add_metric([tenant], sum(map(value, mine)))
             yield gauge
+        fused = CounterMetricFamily(
+            "cutlayer_fused", "Requests computed together with other tenants'", labels=["tenant"]
+        )
+        for tenant, requests in sorted(self._metrics.fused().items()):
+            fused.add_metric([tenant], requests)
+        yield fused
         depth = self._metrics.queue_depth()
         yield GaugeMetricFamily("cutlayer_queue_depth", "Requests that wait", value=depth)
         started_s = self._metrics.started_s
