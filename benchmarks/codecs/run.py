@@ -106,6 +106,7 @@ CODECS |= {
         ("rotated4", "rotated3", "waterfill3"),
         ("rotated6", "rotated3", "waterfill3"),
         ("rotated6", "rotated4", "waterfill2"),
+        ("rotated4", "rotated6", "waterfill3"),
         ("rotated4", "rotated6", "waterfill2"),
         ("rotated4", "rotated4", "waterfill2"),
         ("rotated4", "rotated3", "waterfill2"),
