@@ -422,7 +422,8 @@ def main() -> None:
             args,
             lambda: errors_of(runs.workload.model, short.train_RT[:16], short.held_RT[:12]),
         )
-        figures |= measured("epochs", args, runs.changes)
+        if is_wanted("epochs", args):
+            figures |= measured("epochs", args, runs.changes)
         figures |= ways_summed(
             {
                 name: [
