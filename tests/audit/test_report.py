@@ -429,9 +429,9 @@ def test_three_lines_for_the_terminal():
 
     assert verdict_lines(content) == [
         "activations  plaintext: 95.1% of tokens read back (95% interval 93.0% to 97.2%, "
-        "n = 2,048 tokens, prior 4.3%) by A1, forward search",
+        "n = 2,048 tokens in 64 sequences, prior 4.3%) by A1, forward search",
         "gradients    plaintext: 100% of tokens read back (95% interval 100% to 100%, "
-        "n = 2,048 tokens, prior 4.3%) by A4, label inversion",
+        "n = 2,048 tokens in 64 sequences, prior 4.3%) by A4, label inversion",
         "guarantee    no formal guarantee against the server",
     ]
     assert verdict_lines(least())[0] == "activations  not sent"

@@ -118,6 +118,8 @@ def _verdict_line(channel: Mapping[str, Any]) -> str:
     if found is None:
         return line
     measure, unit = wording.measure_words(found["attack"])
+    if unit == "tokens":  # the interval is over sequences, whose tokens stand and fall together
+        unit = f"tokens in {wording.count(found['sequences'])} sequences"
     return (
         f"{line}: {wording.percent(found['trr'])} {measure} (95% interval "
         f"{wording.interval(found['trr_ci'])}, n = {wording.count(found['tokens'])} {unit}, prior "
