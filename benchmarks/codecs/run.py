@@ -116,6 +116,11 @@ CODECS |= {
         ("rotated3", "rotated3", "waterfill1"),
         ("klt2", "rotated3", "waterfill2"),
         ("rotated4", "klt2", "waterfill2"),
+        # One departure at a time.
+        ("bf16", "klt2", "bf16"),
+        ("bf16", "rotated2", "bf16"),
+        ("bf16", "rotated3", "bf16"),
+        ("bf16", "bf16", "waterfill2"),
     )
 }
 """Where a name begins with `once`, a row's activations go up in its first epoch only."""
