@@ -19,14 +19,13 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519
 from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
 
 from cutlayer.errors import ConfigError, StorageError
+from cutlayer.server.names import is_plain_name
 
 __all__ = ["issue", "make_authority", "make_software_attester"]
 
 CA_DAYS, LEAF_DAYS = 3650, 365
 
 _HOST = re.compile(r"(\*\.)?[A-Za-z0-9_]([A-Za-z0-9_.-]{0,251}[A-Za-z0-9_])?")
-# As the server's own (server/names.py): what is refused there cannot be a tenant.
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -99,7 +98,7 @@ def _check(hosts: Sequence[str], names: Sequence[str]) -> None:
                 "without https:// and port"
             )
     for name in names:
-        if not _NAME.fullmatch(name):
+        if not is_plain_name(name):  # the server would have no folder for such a tenant
             raise ConfigError(
                 f"'{name}' is no plain name: use letters, digits, '.', '_' and '-', at most 64"
             )

@@ -145,9 +145,9 @@ CODECS: dict[str, Codec] = {
     "rotated2": Rotated(2, _BOTH),
     # Forward at one bit fails (benchmarks/codecs); of a gradient it is enough.
     "rotated1": Rotated(1, _GRADIENTS),
-    "waterfill3": Waterfilled(3.0),
-    "waterfill2": Waterfilled(2.0),
-    "waterfill1": Waterfilled(1.0),
+    "waterfill3": Waterfilled(3),
+    "waterfill2": Waterfilled(2),
+    "waterfill1": Waterfilled(1),
     "klt2": KarhunenLoeve(2.0, _ACTIVATIONS),
     "klt1": KarhunenLoeve(1.0, _ACTIVATIONS),
 }

@@ -265,12 +265,11 @@ class Waterfilled(PerToken):
 
     carries = frozenset({"gradients"})
 
-    def __init__(self, bits: float) -> None:
+    def __init__(self, bits: int) -> None:
         self.bits = bits
 
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
-        # On average. Blocks are of 32 at least, so half a bit a value is whole bytes too.
-        return int(_padded(values) * self.bits) // 8
+        return _padded(values) * self.bits // 8  # on average
 
     def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
         scale_N, unit_NP = _scaled(x_ND)
@@ -300,9 +299,8 @@ class Waterfilled(PerToken):
         size_N = scale_N.cpu().double().nan_to_num_(0.0, 0.0, 0.0)
         left = torch.tensor(_LEFT, dtype=torch.float64)
         gain = (left[:-1] - left[1:])[:, None] * size_N.square()
-        chosen = gain.flatten().argsort(descending=True, stable=True)[
-            : int(self.bits * len(size_N))
-        ]
-        bits_N = torch.bincount(chosen % max(1, len(size_N)), minlength=len(size_N))
+        best = gain.flatten().argsort(descending=True, stable=True)
+        chosen = best[: self.bits * len(size_N)] % max(1, len(size_N))
+        bits_N = torch.bincount(chosen, minlength=len(size_N))
         found = [(bits, (bits_N == bits).nonzero()[:, 0]) for bits in range(1, len(_LEFT))]
         return [(bits, tokens.to(scale_N.device)) for bits, tokens in found if len(tokens)]
