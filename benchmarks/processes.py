@@ -105,7 +105,11 @@ class Server:
             **{f"--{name}": value for name, value in more.items()},
         }
         serve = ("serve", "--mutual_tls")
-        words = [str(word) for pair in flags.items() for word in pair]
+        words = [
+            str(word)
+            for name, value in flags.items()
+            for word in ((name,) if value is True else (name, value))
+        ]
         self._process = subprocess.Popen(
             [*_on(cores), sys.executable, "-m", "cutlayer.cli.main", *serve, *words],
             stdout=subprocess.PIPE,

@@ -84,7 +84,7 @@ class Loopback:
 
     def drop_cache(self, cache: int) -> None:
         """Drop a KV cache."""
-        self.trunk.drop_cache(cache)
+        self.trunk.caches.drop(cache)
 
 
 @dataclass(frozen=True)

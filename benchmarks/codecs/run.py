@@ -440,9 +440,8 @@ def main() -> None:
             }
         )
         settings = settings_of(runs.workload, args, plan=asdict(plan), compute_dtype=runs.dtype)
-    if not args.so_far:
-        figures |= speeds(tokens=256 if args.quick else 4096, width=576)
-        figures["gb_per_s"] = figures["speed.rotated4_both_gb_s"]
+    figures |= speeds(tokens=256 if args.quick else 4096, width=576)
+    figures["gb_per_s"] = figures["speed.rotated4_both_gb_s"]
     figures["causality_violations"] = float(causality_violations())
     best = {}
     for setting in SETTINGS:

@@ -76,6 +76,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="compute forwards of N tokens at most together with other tenants' that wait; results "
         "are within rounding of those alone, and not bit-equal (default: 0, each alone)",
     )
+    add(
+        "--torch_compile",
+        action="store_true",
+        help="compile the layers that are trained through; faster, within rounding and not "
+        "bit-equal; each new kind of LoRA is compiled at its first step, while all wait",
+    )
     add("--lease_s", type=float, default=300.0, help="silence that parks a session (default: 300)")
     add("--max_sessions", type=int, default=256, help="sessions open at once (default: 256)")
     add_quotas(parser, "of every tenant (default: no limit)")
@@ -131,6 +137,7 @@ def run(args: argparse.Namespace) -> int:
         attest=attest,
         row_ttl_s=max(args.send_once_ttl_s, 0.0),
         fuse_tokens=max(args.fuse_tokens, 0),
+        torch_compile=args.torch_compile,
     )
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):

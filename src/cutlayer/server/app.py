@@ -18,6 +18,7 @@ from grpc_reflection.v1alpha import reflection
 from cutlayer.errors import ConfigError
 from cutlayer.server.access import Gate, Limits
 from cutlayer.server.database import Journal
+from cutlayer.server.layers import refuse_without_compiler
 from cutlayer.server.orders import Orders
 from cutlayer.server.quotas import Desk, Quotas
 from cutlayer.server.service import SERVICE, TrunkService
@@ -92,6 +93,7 @@ def make_server(
     attest: Callable[[bytes], bytes] | None = None,
     row_ttl_s: float = 0.0,
     fuse_tokens: int = 0,
+    torch_compile: bool = False,
 ) -> Server:
     """Load a trunk and serve it.
 
@@ -119,13 +121,16 @@ def make_server(
         row_ttl_s: Seconds for which rows that clients send once are kept; 0 keeps none.
         fuse_tokens: Forwards of so many tokens at most are computed together with those of other
             tenants that wait; 0 computes each alone.
+        torch_compile: Compile the layers of forwards that keep a graph.
 
     Raises:
-        ConfigError: If the port is taken or the dtype unknown.
+        ConfigError: If the port is taken, the dtype unknown, or there is no compiler.
         ModelError: If the model cannot be found, cut or loaded.
     """
     if dtype not in DTYPES or not DTYPES[dtype].is_floating_point:
         raise ConfigError(f"--dtype '{dtype}' is unknown: float32, bfloat16 or float16")
+    if torch_compile:
+        refuse_without_compiler(torch.device(device))
     checkpoint = open_checkpoint(model, revision=revision)
     skeleton = skeleton_of(checkpoint.config, task)
     cut = Cut.leaving(
@@ -137,7 +142,7 @@ def make_server(
     loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     quantize_trunk(loaded, skeleton.anatomy, cut, quantization)
-    trunk = SharedTrunk(loaded, skeleton.anatomy, cut)
+    trunk = SharedTrunk(loaded, skeleton.anatomy, cut, compiles=torch_compile)
     agreement = pb.Agreement(
         protocol=PROTOCOL,
         transformers_major=transformers.__version__.partition(".")[0],

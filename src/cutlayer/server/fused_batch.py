@@ -169,6 +169,7 @@ class FusedBatches:
                 _carried_of_all(asked, longest),
                 training=leader.training,
                 autocast=leader.autocast,
+                as_it_is=True,  # the layers' LoRA is another function in each batch
             )
         shares = self._shares(asked, out_BTD, self._bytes[kind])
         if (known := (leader.trunk.likeness, leader.training)) not in self._apart:

@@ -5,16 +5,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
-import torch
-from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
+from torch import Tensor
 
 if TYPE_CHECKING:
     from cutlayer.server.trunk import TenantTrunk
 
-__all__ = ["Graph", "Kept", "checkpointed"]
+__all__ = ["Graph", "Kept"]
 
 
 class Kept(Protocol):
@@ -39,11 +37,3 @@ class Graph:
             with trunk.gradients.accumulating(hold):
                 self.out_BTD.backward(grad_BTD.to(self.out_BTD.device))
         return self.smashed_BTD.grad
-
-
-def checkpointed(layer: nn.Module, *args: Any, **kwargs: Any) -> Any:
-    """Run a layer so that only its inputs are kept, and the rest is computed again."""
-    forward = type(layer).forward.__get__(layer)
-    if not torch.is_grad_enabled():
-        return forward(*args, **kwargs)
-    return checkpoint(forward, *args, use_reentrant=False, **kwargs)

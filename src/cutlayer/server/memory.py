@@ -58,7 +58,7 @@ class Memory:
     @property
     def cache_bytes(self) -> int:
         """The KV caches."""
-        layers = [layer for cache in self._trunk.caches for layer in cache.layers]
+        layers = [layer for cache in self._trunk.caches.all for layer in cache.layers]
         pairs = [(getattr(at, "keys", None), getattr(at, "values", None)) for at in layers]
         return sum(t.nbytes for pair in pairs for t in pair if isinstance(t, Tensor))
 
@@ -90,7 +90,7 @@ class Memory:
             admit(0)
         except BaseException:
             self._trunk.discard(sequence)
-            self._trunk.drop_cache(asked.cache)
+            self._trunk.caches.drop(asked.cache)
             raise
 
     @contextlib.contextmanager

@@ -134,7 +134,7 @@ class Session:
                 log.exception("session of tenant %s: request failed", self.tenant)
             # The client has no output to go on from, so nobody would ever free graph and cache.
             self.trunk.discard(asked.sequence)
-            self.trunk.drop_cache(asked.forward.cache)
+            self.trunk.caches.drop(asked.forward.cache)
             return self._remember(failed(asked.sequence, error), [])
         # Reading and writing tensors is in it, and its part of what was computed ahead of it.
         head.done.compute_s = time.monotonic() - started_s + self.ahead_s
@@ -288,7 +288,7 @@ class Session:
         return {}
 
     def _do_drop_cache(self, head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:
-        self.trunk.drop_cache(head.drop_cache.cache)
+        self.trunk.caches.drop(head.drop_cache.cache)
         return {}
 
     def _do_export_adapter(self, _head: pb.Head, _tensors: dict[str, Tensor]) -> dict[str, Tensor]:

@@ -25,8 +25,10 @@ from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
 from cutlayer.errors import ConfigError, ProtocolError, Refused
+from cutlayer.server.caches import KVCaches
 from cutlayer.server.gradients import Gradients
-from cutlayer.server.kept import Graph, Kept, checkpointed
+from cutlayer.server.kept import Graph, Kept
+from cutlayer.server.layers import TrainedLayers
 from cutlayer.server.optimizers import Group, make_optimizer
 from cutlayer.split.adapters import ADAPTER, TrunkLora, adapter_state, seed_adapter, trunk_config
 from cutlayer.split.cut import Anatomy, Cut, Trunk, keep_trunk
@@ -39,11 +41,12 @@ __all__ = ["SharedTrunk", "TenantTrunk", "picked"]
 
 @dataclass(frozen=True)
 class SharedTrunk:
-    """The frozen trunk that all tenants share."""
+    """The frozen trunk that all tenants share; it compiles their layers if `compiles`."""
 
     model: PreTrainedModel
     anatomy: Anatomy
     cut: Cut
+    compiles: bool = False
 
     def __post_init__(self) -> None:
         self.model.requires_grad_(False)
@@ -71,13 +74,9 @@ class SharedTrunk:
         model = copy.deepcopy(self.model, memo=shared)  # type: ignore[arg-type]
         # The copy's layers outside the tenant's own cut become pass-throughs; hooks come after.
         keep_trunk(model, self.anatomy, cut)
-        return TenantTrunk(model, self.anatomy, cut, lora, gradient_checkpointing)
-
-
-@dataclass
-class _CacheSlot:
-    cache: DynamicCache
-    past_tokens: int = 0
+        return TenantTrunk(
+            model, self.anatomy, cut, lora, gradient_checkpointing, compiles=self.compiles
+        )
 
 
 @dataclass
@@ -87,6 +86,7 @@ class TenantTrunk:
     Attributes:
         parameters: The trainable parameters, by their name in the unsplit PeftModel.
         gradients: Their gradients, and those that wait for their commit.
+        caches: Its KV caches.
         ahead: What was computed together with other tenants' for forwards that are done next.
     """
 
@@ -95,13 +95,14 @@ class TenantTrunk:
     cut: Cut
     lora: TrunkLora
     gradient_checkpointing: bool = False
+    compiles: bool = False
     optimizer: torch.optim.Optimizer | None = None
     step: int = 0
     ahead: dict[int, Share] = field(default_factory=dict)
     _kept: dict[int, Kept] = field(default_factory=dict)
-    _caches: dict[int, _CacheSlot] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.caches = KVCaches(self.model.config)
         self.peft: PeftModel | None = None
         if self.lora.targets:
             # Peft would ask the model for the embedding that weights are tied to: it is elsewhere.
@@ -115,11 +116,14 @@ class TenantTrunk:
         named = self.peft.named_parameters() if self.peft is not None else ()
         self.parameters = {name: p for name, p in named if p.requires_grad}
         self.gradients = Gradients(list(self.parameters.values()))
-        # The hooks of `Trunk` sit on the layers of this copy, outside what is checkpointed.
+        # The hooks of `Trunk` sit on the layers of this copy, outside what is checkpointed or
+        # compiled.
         self._trunk = Trunk(self.model, self.anatomy, self.cut)
-        if self.gradient_checkpointing:
-            for layer in list(self.anatomy.layers(self.model))[self.cut.lower : self.cut.upper]:
-                layer.__dict__["forward"] = functools.partial(checkpointed, layer)
+        self._layers = TrainedLayers(
+            list(self.anatomy.layers(self.model))[self.cut.lower : self.cut.upper],
+            checkpoints=self.gradient_checkpointing,
+            compiles=self.compiles,
+        )
 
     @property
     def device(self) -> torch.device:
@@ -144,11 +148,6 @@ class TenantTrunk:
         return hashlib.sha256(told.encode()).hexdigest()
 
     @property
-    def caches(self) -> list[DynamicCache]:
-        """The KV caches."""
-        return [slot.cache for slot in list(self._caches.values())]
-
-    @property
     def num_parameters(self) -> int:
         """How many numbers of this tenant's own are trained."""
         return sum(parameter.numel() for parameter in self.parameters.values())
@@ -161,7 +160,7 @@ class TenantTrunk:
     @property
     def is_busy(self) -> bool:
         """Whether there is more to this than adapter and optimizer: it is within a step."""
-        return bool(self.pending or self._caches or self.gradients.accumulated)
+        return bool(self.pending or self.caches or self.gradients.accumulated)
 
     # ------------------------------------------------------------------ forward and backward
 
@@ -208,9 +207,10 @@ class TenantTrunk:
         smashed_BTD = smashed_BTD.to(self.device)
         if keep_graph and wants_gradient:
             smashed_BTD.requires_grad_(True)
-        # Layers that are computed again must not extend a cache twice.
-        cached = cache and not (keep_graph and self.gradient_checkpointing)
-        slot = self._slot(cache, past_tokens, cache_rows) if cached else None
+        # Models in training ask for a cache, from which no one goes on: it would be copies of all
+        # keys, and layers that are computed again would extend it twice.
+        is_of_use = not keep_graph or (past_tokens and not self.gradient_checkpointing)
+        slot = self.caches.slot(cache, past_tokens, cache_rows) if cache and is_of_use else None
         with (
             torch.random.fork_rng(enabled=training, devices=_devices(self.device)),
             self._adapter_off() if adapter_disabled else contextlib.nullcontext(),
@@ -230,7 +230,7 @@ class TenantTrunk:
             slot.past_tokens += smashed_BTD.shape[1]
         if keep_graph:
             self._kept[sequence] = Graph(smashed_BTD, out_BTD)
-            self.drop_cache(cache)  # no one goes on from a training forward
+            self.caches.drop(cache)
         return out_BTD.detach()
 
     def run(
@@ -243,14 +243,20 @@ class TenantTrunk:
         autocast: torch.dtype | None = None,
         cache: DynamicCache | None = None,
         wanted_N: Tensor | None = None,
+        as_it_is: bool = False,
     ) -> Tensor:
-        """Return the layers' output with its graph; nothing is kept and nothing is seeded."""
+        """Return the layers' output with its graph; nothing is kept and nothing is seeded.
+
+        `as_it_is` runs nothing compiled.
+        """
+        eager = as_it_is or not keep_graph or cache is not None
         device = self.device
         if self.model.training != training:
             self.model.train(training)
         with (
             torch.set_grad_enabled(keep_graph),
             torch.autocast(device.type, dtype=autocast, enabled=autocast is not None),
+            contextlib.nullcontext() if eager else self._layers.compiled(),
         ):
             there = {name: tensor.to(device) for name, tensor in carried.items()}
             out_BTD = self._trunk(smashed_BTD, there, cache=cache)
@@ -294,29 +300,6 @@ class TenantTrunk:
     def discard_all(self) -> None:
         """Free all graphs; those that wait for this tenant do so no longer."""
         self._kept.clear()
-
-    # ------------------------------------------------------------------ KV caches
-
-    def _slot(self, number: int, past_tokens: int, rows: Sequence[int]) -> _CacheSlot:
-        if past_tokens == 0:
-            self._caches[number] = _CacheSlot(DynamicCache(config=self.model.config))
-        slot = self._caches.get(number)
-        if slot is None:
-            raise Refused(
-                f"KV cache {number} is not held here any more: start the generation again"
-            )
-        if past_tokens != slot.past_tokens:
-            raise Refused(
-                f"KV cache {number} holds {slot.past_tokens} tokens and {past_tokens} were "
-                "expected: a cache that was copied or filled elsewhere cannot be continued"
-            )
-        if rows:
-            slot.cache.reorder_cache(torch.tensor(list(rows)))
-        return slot
-
-    def drop_cache(self, number: int) -> None:
-        """Free a KV cache."""
-        self._caches.pop(number, None)
 
     # ------------------------------------------------------------------ the optimizer
 
