@@ -27,6 +27,7 @@ class Child:
         threads: int,
         passive: bool = False,
         cores: Sequence[int] = (),
+        variables: Mapping[str, str] | None = None,
     ) -> None:
         self.spec = dict(spec)
         self._process = subprocess.Popen(
@@ -34,7 +35,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads, passive=passive),
+            env=environment(threads, passive=passive) | dict(variables or {}),
             cwd=ROOT,
         )
         self.hello: dict[str, Any] = self._read()
@@ -156,9 +157,13 @@ def start_worker(
     threads: int = 1,
     passive: bool = False,
     cores: Sequence[int] = (),
+    variables: Mapping[str, str] | None = None,
     **settings: Any,
 ) -> Child:
-    """Start a contestant; a split one is told a port and more `settings`."""
+    """Start a contestant; a split one is told a port and more `settings`.
+
+    `variables` are added to its environment.
+    """
     spec = {
         "role": role,
         "workload": asdict(workload),
@@ -167,7 +172,14 @@ def start_worker(
         "threads": threads,
         **settings,
     }
-    return Child("benchmarks.worker", spec, threads=threads, passive=passive, cores=cores)
+    return Child(
+        "benchmarks.worker",
+        spec,
+        threads=threads,
+        passive=passive,
+        cores=cores,
+        variables=variables,
+    )
 
 
 def _on(cores: Sequence[int]) -> list[str]:

@@ -30,39 +30,47 @@ from benchmarks.processes import (  # noqa: E402
 )
 
 CUT: dict[str, Any] = {"bottom_layers": 2, "top_layers": 2}
+LEAN: dict[str, Any] = {"lean_head": True, "train": ("trunk", "top")}
+"""The head in tiles, and nothing kept of a bottom that is frozen."""
+NO_HOLES = {"MALLOC_MMAP_THRESHOLD_": "262144"}
+"""glibc gives each larger piece back to the system when it is freed."""
 
 
-def peak_of(worker: Child, steps: int) -> int:
-    """Return the most resident bytes that a process had, once it has done `steps` steps."""
+def used_by(worker: Child, steps: int) -> tuple[int, float]:
+    """Return the most resident bytes of a process, and the CPU seconds of the last of its steps."""
+    cpu_s = 0.0
     with worker:
         for _ in range(steps):
-            worker.ask("step")
-        return int(worker.ask("memory")["peak"])
+            cpu_s = float(worker.ask("step")["cpu_s"])
+        return int(worker.ask("memory")["peak"]), cpu_s
 
 
 def clients(
     workload: Workload, certificates: Certificates, server: Server, steps: int
-) -> tuple[dict[str, int], dict[str, int]]:
-    """Return the peaks of all contestants, and what a client's parts weigh."""
+) -> tuple[dict[str, int], dict[str, float], dict[str, int]]:
+    """Return the peaks and CPU seconds of all contestants, and what a client's parts weigh."""
 
     def split(chunks: int = 1, **settings: Any) -> Child:
         settings |= {"port": server.port, "certificates": certificates, "chunks": chunks, **CUT}
         return start_worker("split", workload, **settings)
 
-    peaks = {
-        "imports": peak_of(start_worker("imports", workload), 0),
-        "loaded": peak_of(start_worker("loaded", workload), 0),
-        "client_loaded": peak_of(split(), 0),
-        "client": peak_of(split(4), steps),
-        "client_chunks_1": peak_of(split(), steps),
-        "client_lean": peak_of(split(4, lean_head=True), steps),
-        "unsplit_lora": peak_of(start_worker("unsplit", workload), steps),
-        "full_finetuning": peak_of(start_worker("full", workload), steps),
+    used = {
+        "imports": used_by(start_worker("imports", workload), 0),
+        "loaded": used_by(start_worker("loaded", workload), 0),
+        "client_loaded": used_by(split(), 0),
+        "client": used_by(split(4), steps),
+        "client_chunks_1": used_by(split(), steps),
+        "client_lean": used_by(split(4, lean_head=True), steps),
+        "client_lean_frozen": used_by(split(4, **LEAN), steps),
+        "client_least": used_by(split(4, variables=NO_HOLES, **LEAN), steps),
+        "unsplit_lora": used_by(start_worker("unsplit", workload), steps),
+        "full_finetuning": used_by(start_worker("full", workload), steps),
     }
     with split() as client:
         client.ask("step")
         counted = {name: int(count) for name, count in client.ask("account").items()}
-    return peaks, counted
+    peaks = {name: peak for name, (peak, _) in used.items()}
+    return peaks, {name: cpu_s for name, (_, cpu_s) in used.items()}, counted
 
 
 def tenants(
@@ -112,7 +120,7 @@ def main() -> None:
         )
         certificates = make_certificates(folder / "certs")
         with Server(workload, certificates, folder / "one") as server:
-            peaks, counted = clients(workload, certificates, server, args.steps)
+            peaks, cpu_s, counted = clients(workload, certificates, server, args.steps)
         with Server(workload, certificates, folder / "many") as server:
             idle = memory_bytes(server.pid)["rss"]
             stepped, holding, adapter = tenants(
@@ -131,6 +139,12 @@ def main() -> None:
             (peaks["client_lean"] - peaks["imports"])
             / (peaks["full_finetuning"] - peaks["imports"])
         ),
+        "client_least_over_full_finetuning": peaks["client_least"] / peaks["full_finetuning"],
+        "client_least_over_full_finetuning_without_imports": (
+            (peaks["client_least"] - peaks["imports"])
+            / (peaks["full_finetuning"] - peaks["imports"])
+        ),
+        "client_least_cpu_ratio": cpu_s["client_least"] / cpu_s["client_lean_frozen"],
         "client_over_loaded_model": client / peaks["loaded"],
         "client_chunks_1_over_own_weights_and_activations": peaks["client_chunks_1"] / own,
         "client_chunks_1_over_own_weights_activations_and_logit_gradients": (
