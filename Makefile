@@ -33,8 +33,12 @@ fix: $(VENV)/.installed
 families: $(VENV)/.installed ## every model type of transformers; writes docs/families.md
 	$(BIN)/python -m tests.families --write docs/families.md
 
-bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark
-	for each in benchmarks/*/run.py; do $(BIN)/python $$each --quick || exit 1; done
+bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark, and of the table
+	rm -rf out/bench
+	for room in $(notdir $(patsubst %/run.py,%,$(wildcard benchmarks/*/run.py))); do \
+	    $(BIN)/python benchmarks/$$room/run.py --quick \
+	        --output out/bench/$$room/results/quick.json || exit 1; done
+	$(BIN)/python benchmarks/report.py --quick out/bench
 
 fuzz: $(VENV)/.installed ## a million streams of a stranger against the frame decoder
 	$(BIN)/python benchmarks/fuzz/run.py $(ARGS)

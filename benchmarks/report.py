@@ -2,6 +2,7 @@
 
     python benchmarks/report.py            # after a benchmark's JSON was committed
     python benchmarks/report.py --check    # says whether the page is what this would write
+    python benchmarks/report.py --quick out/bench    # prints the table of a `make bench`
 
 A figure `room.name` is `room.name` in any result file, or `name` in one of benchmarks/room. Of
 several the newest counts, by its own date. What nobody has measured yet is said to be so.
@@ -161,17 +162,22 @@ GOALS = (
 )  # fmt: skip
 
 
-def results() -> list[tuple[Path, dict[str, Any]]]:
-    """Return all committed results that were taken at full size, the newest first."""
-    found = [
-        (path, json.loads(path.read_text())) for path in ROOT.glob("benchmarks/*/results/*.json")
-    ]
-    full = [
+def results(
+    root: Path = ROOT / "benchmarks", *, quick: bool = False
+) -> list[tuple[Path, dict[str, Any]]]:
+    """Return all results below a folder that were taken at full size, the newest first.
+
+    Args:
+        root: Where each room's `results/` are; the committed ones by default.
+        quick: Those of the quick form instead.
+    """
+    found = [(path, json.loads(path.read_text())) for path in root.glob("*/results/*.json")]
+    wanted = [
         (path, run)
         for path, run in found
-        if "figures" in run and not run.get("settings", {}).get("quick")
+        if "figures" in run and bool(run.get("settings", {}).get("quick")) is quick
     ]
-    return sorted(full, key=lambda item: str(item[1].get("date", "")), reverse=True)
+    return sorted(wanted, key=lambda item: str(item[1].get("date", "")), reverse=True)
 
 
 def lookup(runs: list[tuple[Path, dict[str, Any]]]) -> Callable[[str], Found | None]:
@@ -307,6 +313,26 @@ def page() -> str:
     return "\n".join(lines)
 
 
+def quick_table(root: Path) -> str:
+    """Return the table of goals with what a quick run found beside what was committed."""
+    quick, full = lookup(results(root, quick=True)), lookup(results())
+    told = lambda found: _number(found.value) if found is not None else NOT_MEASURED
+    return "\n".join(
+        [
+            "A quick run is of a tiny random model and few steps: it says that a figure is still",
+            "measured, and nothing of its size. What counts is in the last column.",
+            "",
+            "| | figure | goal | quick | measured at full size |",
+            "|---|---|---|---|---|",
+            *(
+                f"| {goal.goal} | {goal.figure} | {goal.words()} | {told(quick(goal.figure))} "
+                f"| {told(full(goal.figure))} |"
+                for goal in GOALS
+            ),
+        ]
+    )
+
+
 def _load(run: dict[str, Any]) -> str:
     load = run.get("settings", {}).get("load_average")
     return f"{load[0]:g}" if load else "not noted"
@@ -378,7 +404,11 @@ def main() -> None:
     """Write the page, or check it."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--check", action="store_true", help="only say whether it is up to date")
+    parser.add_argument("--quick", type=Path, metavar="FOLDER", help="print what is in there")
     args = parser.parse_args()
+    if args.quick:
+        print(quick_table(args.quick))
+        return
     if args.check:
         is_same = PAGE.is_file() and PAGE.read_text() == page()
         sys.exit(0 if is_same else "docs/performance.md is not of these results: run report.py")

@@ -2,9 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
+
 import pytest
 
-from benchmarks.report import GOALS, NOT_MEASURED, PAGE, Goal, lookup, page, row_of
+from benchmarks.report import (
+    GOALS,
+    NOT_MEASURED,
+    PAGE,
+    Goal,
+    lookup,
+    page,
+    quick_table,
+    results,
+    row_of,
+)
 
 
 def test_the_page_is_what_the_script_makes():
@@ -34,3 +47,20 @@ def test_what_is_not_measured_is_said_to_be_so():
 def test_a_goal_is_met_at_its_bound_and_not_beyond(goal: Goal, value: float, is_met: bool):
     """At most and at least mean what they say."""
     assert goal.is_met(value) == is_met
+
+
+def test_a_quick_figure_is_never_taken_for_a_measured_one(tmp_path: Path):
+    """It stands in the quick table, beside the committed one, and nowhere else."""
+    for name, quick in (("quick", True), ("full", False)):
+        path = tmp_path / "wan" / "results" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        run = {"figures": {"utilisation": 0.125 + quick}, "settings": {"quick": quick}}
+        path.write_text(json.dumps(run))
+
+    table = quick_table(tmp_path)
+    of_full = lookup(results(tmp_path))("wan.utilisation")
+
+    assert of_full is not None
+    assert of_full.value == 0.125
+    assert "| wan.utilisation | ≥ 0.97 | 1.125 |" in table
+    assert f"| wan.ratio_20mbit_50ms | ≤ 0.95 | {NOT_MEASURED} |" in table
