@@ -5,10 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire import one_pass
 from cutlayer.wire.codecs import CODECS
+from cutlayer.wire.frames import Message
 from cutlayer.wire.levels import LEVELS, rotation, told
-from cutlayer.wire.statics import Statics
+from cutlayer.wire.statics import Learner, Statics
+from cutlayer.wire.tensors import attach_tensors, read_tensors
 
 ROTATED = [name for name in CODECS if name.startswith(("rotated", "waterfill"))]
 BY_THEMSELVES = [
@@ -97,3 +100,60 @@ def test_sums_of_levels_are_exact(bits: int):
 
     assert torch.equal(steps, steps.round())
     assert float(steps.abs().max()) * 64 < 2**24
+
+
+META = torch.device("meta")
+
+
+def message_of(name: str, statics: Statics | None) -> Message:
+    """Return a message with a tensor in this codec, a mask and a raw tensor."""
+    head = pb.Head(sequence=1)
+    sent = {"smashed": tokens(192, 60)[14:].view(2, 23, 192), "norms": torch.ones(3)}
+    mask_BT = torch.ones(2, 23, dtype=torch.int64)
+    parts = attach_tensors(
+        head,
+        sent | {"attention_mask": mask_BT},
+        codecs={"smashed": name, "attention_mask": "int32"},
+        statics={} if statics is None else {"smashed": statics},
+    )
+    return Message(head, bytearray(b"".join(parts)))
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if name not in ("raw", "int32")])
+def test_what_is_decoded_is_where_it_was_asked_for(name: str):
+    """The coded tensor comes on the device, masks and raw tensors stay on the CPU."""
+    if name.startswith("waterfill"):
+        pytest.skip("asks for the scales, of which there are none on this device")
+    statics = known(name)
+    found = read_tensors(
+        message_of(name, statics), statics={"smashed": statics} if statics else {}, device=META
+    )
+
+    assert {key: tensor.device.type for key, tensor in found.items()} == {
+        "smashed": "meta",
+        "norms": "cpu",
+        "attention_mask": "cpu",
+    }
+    assert (found["smashed"].shape, found["smashed"].dtype) == ((2, 23, 192), torch.float32)
+
+
+@pytest.mark.parametrize("name", [name for name in CODECS if not name.startswith("waterfill")])
+def test_neither_way_waits_for_a_device(name: str):
+    """On a device whose values cannot be read, encoding and decoding ask for none."""
+    x_BTD = torch.randn(2, 5, 192, dtype=torch.bfloat16, device=META)
+    statics, codec = known(name), CODECS[name]
+
+    stored = codec.encode(x_BTD, statics)
+    found_BTD = codec.decode(stored.view(-1).view(torch.uint8), x_BTD.shape, x_BTD.dtype, statics)
+
+    assert stored.device == found_BTD.device == META
+    assert stored.nbytes == codec.stored_bytes(x_BTD.shape, x_BTD.dtype, statics)
+
+
+def known(name: str) -> Statics | None:
+    """Return what a codec learns of some tokens, if anything."""
+    if not CODECS[name].learns:
+        return None
+    learner = Learner(192, basis=CODECS[name].learns == "basis")
+    learner.see(tokens(192)[None, 14:50], {})
+    return learner.learnt(CODECS[name].budget)

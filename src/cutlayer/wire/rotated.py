@@ -61,7 +61,8 @@ def _decoded(codes_NP: Tensor, bits: int) -> Tensor:
 
 def _size_of(x_ND: Tensor) -> Tensor:
     """Return the length of each token; in float64, where no square is beyond it."""
-    return torch.linalg.vector_norm(x_ND, dim=-1, dtype=torch.float64)
+    dtype = torch.float32 if x_ND.device.type == "mps" else torch.float64  # which that lacks
+    return torch.linalg.vector_norm(x_ND, dim=-1, dtype=dtype)
 
 
 class _Centred(PerToken):

@@ -8,6 +8,7 @@ infinity gets NaN for its scale, so that the check behind the codec sees it.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 from math import prod
@@ -85,7 +86,7 @@ class PerToken(ABC):
         x_ND, row = tensor.reshape(tokens, values), self._row_bytes(values, statics)
         stored = torch.empty(tokens * (SCALE_BYTES + row), dtype=torch.uint8, device=tensor.device)
         scales_N, codes = _parts(stored, tokens, row)
-        with torch.autocast(tensor.device.type, enabled=False):
+        with _autocast_off(tensor.device):
             for rows in self._blocks(x_ND):
                 scales_N[rows], found = self._codes(x_ND[rows].float(), statics)
                 codes[rows] = found.view(codes[rows].shape)
@@ -106,7 +107,7 @@ class PerToken(ABC):
         tokens, values = tokens_of(shape)
         scales_N, codes = _parts(stored, tokens, self._row_bytes(values, statics))
         out_ND = torch.empty(tokens, values, dtype=dtype, device=stored.device)
-        with torch.autocast(stored.device.type, enabled=False):
+        with _autocast_off(stored.device):
             for rows in self._blocks(out_ND):
                 if dtype == torch.float32:
                     self._fill(out_ND[rows], codes[rows], scales_N[rows], statics)
@@ -123,6 +124,12 @@ class PerToken(ABC):
         most = max(1, self.block_values // max(1, values))
         most = tokens if x_ND.device.type != "cpu" or self.sees_others else most
         return (slice(first, first + most) for first in range(0, tokens, max(1, most)))
+
+
+def _autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
 
 
 def _parts(stored: Tensor, tokens: int, row_bytes: int) -> tuple[Tensor, Tensor]:
