@@ -1,11 +1,10 @@
 """Rotate and round in one pass over a token, where numba is installed.
 
-The same bytes and values as the form in torch (rotated.py), bit for bit: all sums are exact there,
-and what is rounded is rounded in the same order here. For blocks of 64 on a CPU. Numba compiles
-each function at its first call, which takes a second or two; nothing is read from a cache.
+The same bits as the form in torch (rotated.py): its sums are exact, and what is rounded is rounded
+in the same order here. For blocks of 64 on a CPU. Compiled at the first call, kept in no cache.
 """
 
-# Shapes:  N tokens   D values of a token, a multiple of 64
+# Shapes:  N tokens   R some of them   D values of a token, a multiple of 64
 
 from __future__ import annotations
 
@@ -77,10 +76,11 @@ def _quartered(a_D, b_D):  # type: ignore[no-untyped-def]
 
 
 @_jit()
-def encode(x_ND, mean_D, offset_D, is_sink_N, factor_N, signs_D, edges, code_ND):  # type: ignore[no-untyped-def]
-    """Write the codes of tokens.
+def encode(rows_R, x_ND, mean_D, offset_D, is_sink_N, factor_N, signs_D, edges, code_RD):  # type: ignore[no-untyped-def]
+    """Write the codes of some tokens.
 
     Args:
+        rows_R: Which.
         x_ND: Tokens.
         mean_D: What is subtracted.
         offset_D: What is subtracted from sinks besides.
@@ -88,21 +88,20 @@ def encode(x_ND, mean_D, offset_D, is_sink_N, factor_N, signs_D, edges, code_ND)
         factor_N: Makes whole numbers of what is left.
         signs_D: What comes before Hadamard's matrix.
         edges: At which place above the grid's middle each further level begins.
-        code_ND: Written.
+        code_RD: Written.
     """
-    tokens, values = x_ND.shape
+    values, levels = x_ND.shape[1], edges.size + 1
     a_D, b_D = np.empty(values, np.float32), np.empty(values, np.float32)
     place_D, code_D = np.empty(values, np.int16), np.empty(values, np.uint8)
-    levels = edges.size + 1
-    for n in range(tokens):
-        factor = factor_N[n]
-        if is_sink_N[n]:
+    for r in range(rows_R.size):
+        x_D, factor = x_ND[rows_R[r]], factor_N[rows_R[r]]
+        if is_sink_N[rows_R[r]]:
             for i in range(values):
-                left = (x_ND[n, i] - mean_D[i]) - offset_D[i]
+                left = (x_D[i] - mean_D[i]) - offset_D[i]
                 a_D[i] = (left * signs_D[i] * factor + _WHOLE) - _WHOLE
         else:
             for i in range(values):
-                left = x_ND[n, i] - mean_D[i]
+                left = x_D[i] - mean_D[i]
                 a_D[i] = (left * signs_D[i] * factor + _WHOLE) - _WHOLE
         _quartered(a_D, b_D)
         _quartered(b_D, a_D)
@@ -116,15 +115,16 @@ def encode(x_ND, mean_D, offset_D, is_sink_N, factor_N, signs_D, edges, code_ND)
             for i in range(values):
                 code_D[i] += np.uint8(place_D[i] >= edge)
         for i in range(values):
-            code_ND[n, i] = code_D[i] if b_D[i] >= 0 else np.uint8(2 * levels - 1) - code_D[i]
+            code_RD[r, i] = code_D[i] if b_D[i] >= 0 else np.uint8(2 * levels - 1) - code_D[i]
 
 
 @_jit()
-def decode(code_ND, told, signs_D, factor_N, is_sink_N, mean_D, offset_D, out_ND):  # type: ignore[no-untyped-def]
+def decode(rows_R, code_RD, told, signs_D, factor_N, is_sink_N, mean_D, offset_D, out_ND):  # type: ignore[no-untyped-def]
     """Write the tokens whose codes these are.
 
     Args:
-        code_ND: As `encode` wrote them.
+        rows_R: Which those are.
+        code_RD: As `encode` wrote them.
         told: What each code stands for.
         signs_D: What comes behind Hadamard's matrix.
         factor_N: The tokens' own sizes.
@@ -133,17 +133,17 @@ def decode(code_ND, told, signs_D, factor_N, is_sink_N, mean_D, offset_D, out_ND
         offset_D: What is added to sinks besides.
         out_ND: Written.
     """
-    tokens, values = out_ND.shape
+    values = out_ND.shape[1]
     a_D, b_D = np.empty(values, np.float32), np.empty(values, np.float32)
-    for n in range(tokens):
+    for r in range(rows_R.size):
+        out_D, factor = out_ND[rows_R[r]], factor_N[rows_R[r]]
         for i in range(values):
-            a_D[i] = told[code_ND[n, i]]
+            a_D[i] = told[code_RD[r, i]]
         _quartered(a_D, b_D)
         _quartered(b_D, a_D)
         _quartered(a_D, b_D)
-        factor = factor_N[n]
         for i in range(values):
-            out_ND[n, i] = b_D[i] * (signs_D[i] * factor) + mean_D[i]
-        if is_sink_N[n]:
+            out_D[i] = b_D[i] * (signs_D[i] * factor) + mean_D[i]
+        if is_sink_N[rows_R[r]]:
             for i in range(values):
-                out_ND[n, i] += offset_D[i]
+                out_D[i] += offset_D[i]

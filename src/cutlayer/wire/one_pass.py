@@ -1,6 +1,6 @@
 """Tokens to rotated codes and back, by the functions of `fast`, where those can do it."""
 
-# Shapes:  N tokens   D values of a token
+# Shapes:  N tokens   R some of them   D values of a token
 
 from __future__ import annotations
 
@@ -50,14 +50,21 @@ def scales_of(x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
 
 
 def codes_of(
-    x_ND: Tensor, scale_N: Tensor, is_sink_N: Tensor, bits: int, statics: Statics | None
+    x_ND: Tensor,
+    scale_N: Tensor,
+    is_sink_N: Tensor,
+    bits: int,
+    statics: Statics | None,
+    rows_R: Tensor | None = None,
 ) -> Tensor:
-    """Return the codes of tokens whose scales are known, (N, D)."""
+    """Return the codes of tokens whose scales are known, of all or of some, (R, D)."""
     values = x_ND.shape[1]
+    rows_R = torch.arange(len(x_ND)) if rows_R is None else rows_R
     mean_D, offset_D, _half = _moves(statics, values)
     factor_N = safe_inverse(scale_N) * (STEPS / sqrt(block_of(values)))
-    codes_ND = torch.empty(x_ND.shape, dtype=torch.uint8)
+    codes_RD = torch.empty(len(rows_R), values, dtype=torch.uint8)
     fast.encode(
+        rows_R.numpy(),
         _array(x_ND),
         mean_D,
         offset_D,
@@ -65,20 +72,27 @@ def codes_of(
         factor_N.numpy(),
         _signs(values),
         _edges(bits),
-        codes_ND.numpy(),
+        codes_RD.numpy(),
     )
-    return codes_ND
+    return codes_RD
 
 
 def fill(
-    out_ND: Tensor, codes_ND: Tensor, scale_N: Tensor, bits: int, statics: Statics | None
+    out_ND: Tensor,
+    codes_RD: Tensor,
+    scale_N: Tensor,
+    bits: int,
+    statics: Statics | None,
+    rows_R: Tensor | None = None,
 ) -> None:
-    """Write the tokens that were coded; the sign of a scale says whether it is a sink's."""
-    values = codes_ND.shape[1]
+    """Write the tokens that were coded, all or some; the sign of a scale tells of a sink."""
+    values = out_ND.shape[1]
+    rows_R = torch.arange(len(out_ND)) if rows_R is None else rows_R
     mean_D, offset_D, _half = _moves(statics, values)
     factor_N = scale_N.abs().float() / sqrt(block_of(values))
     fast.decode(
-        codes_ND.numpy(),
+        rows_R.numpy(),
+        codes_RD.numpy(),
         told(bits, _CPU).numpy(),
         _signs(values),
         factor_N.numpy(),

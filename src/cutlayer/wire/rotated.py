@@ -242,7 +242,7 @@ class Waterfilled(PerToken):
         first = 0
         for bits, tokens in self._by_bits(scale_N):
             codes_NP = (
-                one_pass.codes_of(x_ND[tokens], scale_N[tokens], given_N[tokens], bits, None)
+                one_pass.codes_of(x_ND, scale_N, given_N, bits, None, tokens)
                 if is_fast
                 else _coded(given_N[tokens], bits)
             )
@@ -262,11 +262,9 @@ class Waterfilled(PerToken):
             codes_NP = unpacked(flat[first:last].view(len(tokens), -1), bits)
             first = last
             if one_pass.can(codes.device, values):
-                x_ND = torch.empty(len(tokens), values)
-                one_pass.fill(x_ND, codes_NP, scale_N[tokens], bits, None)
+                one_pass.fill(out_ND, codes_NP, scale_N, bits, None, tokens)
             else:
-                x_ND = _rotated_back(_decoded(codes_NP, bits), scale_N[tokens], values)
-            out_ND[tokens] = x_ND
+                out_ND[tokens] = _rotated_back(_decoded(codes_NP, bits), scale_N[tokens], values)
 
     def _by_bits(self, scale_N: Tensor) -> list[tuple[int, Tensor]]:
         """Return the tokens that get so many bits, for each number of bits that some get."""
