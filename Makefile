@@ -62,7 +62,7 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --upgrade "pip>=25.1"
 	$(PIP) torch
-	$(PIP) --editable ".[train,server,audit,dp,attest]" gguf
+	$(PIP) --editable ".[train,server,audit,dp,attest,fast]" gguf
 	$(PIP) --group dev
 	touch $@
 

@@ -171,7 +171,7 @@ def test_rows_count_as_what_they_become(tmp_path: Path, brings_one: bool):
         came = {f"smashed/{times - 1}": row_TD} if brings_one else {}
         attach_tensors(asked, came)
         assert rows.missing(asked, 8 * row_TD.nbytes) is None
-        return rows.joined(asked, came, {})["smashed"].shape
+        return rows.joined(asked, came, {}, torch.device("cpu"))["smashed"].shape
 
     assert len(packed) * 9 < 8 * row_TD.nbytes
     assert joined(8) == (8, 4, 256)

@@ -19,8 +19,8 @@ from cutlayer.wire.codecs import (
     in_force,
     round_trip,
 )
+from cutlayer.wire.levels import LEVELS, block_of
 from cutlayer.wire.packing import packed, unpacked
-from cutlayer.wire.rotated import LEVELS, block_of
 from cutlayer.wire.statics import Learner, Statics, statics_as_tensors, statics_of
 
 FLOATS = [torch.float64, torch.float32, torch.float16, torch.bfloat16]

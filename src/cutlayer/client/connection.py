@@ -14,6 +14,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, wait
 from typing import Any
 
 import grpc
+import torch
 from torch import Tensor
 
 from cutlayer.client.address import Address
@@ -277,7 +278,7 @@ class Connection:
         if verb == "failure" and not head.sequence:
             raise BY_CODE.get(head.failure.code, Refused)(head.failure.message)
         # Before its waiter is let go.
-        tensors = read_tensors(message, statics=self.statics) if verb == "done" else {}
+        tensors = self._read(message) if verb == "done" else {}
         with self._send_lock:
             self._received = max(self._received, head.sequence)
             pending = self._waiting.pop(head.sequence, None)
@@ -300,6 +301,15 @@ class Connection:
         if pending is not None:
             pending.future.set_result(tensors)
         return None
+
+    def _read(self, message: Message) -> dict[str, Tensor]:
+        asked = self._waiting.get(message.head.sequence)
+        device = (asked and asked.device) or torch.device("cpu")
+        tensors = read_tensors(message, statics=self.statics, device=device)
+        if device.type == "cuda":
+            # Who waits for it may be on another stream than this thread.
+            torch.cuda.current_stream(device).synchronize()
+        return tensors
 
     def _fail(self, error: CutlayerError) -> None:
         with self._send_lock:  # else a request that is being put would wait for ever
@@ -333,7 +343,9 @@ class Connection:
                 raise self._failure
             while self._farewells:
                 self._put(self._farewells.popleft(), [], unattended=True)
-            return self._put(head, parts, unattended=unattended)
+            pending = self._put(head, parts, unattended=unattended)
+            pending.device = next((t.device for t in (tensors or {}).values()), None)
+            return pending
 
     def _put(self, head: pb.Head, parts: list[memoryview], *, unattended: bool) -> Pending:
         self._sequence += 1

@@ -18,7 +18,7 @@ from cutlayer.client.replies import Named, Pending
 from cutlayer.client.send_once import Batch
 from cutlayer.errors import ProtocolError
 from cutlayer.wire import cutlayer_pb2 as pb
-from cutlayer.wire.codecs import CODECS, codecs_of, in_force, round_trip
+from cutlayer.wire.codecs import CODECS, codecs_of, in_force, prepare, round_trip
 from cutlayer.wire.rows import SMASHED
 from cutlayer.wire.statics import Statics, statics_as_tensors
 from cutlayer.wire.tensors import dtype_name
@@ -41,6 +41,7 @@ class TrunkLink:
         """
         self._connection = connection
         self._codecs = codecs_of(codecs)
+        prepare(self._codecs.values())
         self._calibration = Calibration(self._codecs)
         self._wanted: dict[int, Tensor] = {}  # by forward
 

@@ -7,6 +7,7 @@ from concurrent.futures import Future
 from dataclasses import dataclass, field
 from typing import Protocol
 
+import torch
 from torch import Tensor
 
 from cutlayer.wire.tensors import refuse_not_finite
@@ -47,6 +48,8 @@ class Pending:
     connection: Waiter
     sequence: int
     unattended: bool = False
+    device: torch.device | None = None
+    """Where what was asked came from, and the answer goes."""
     future: Future[dict[str, Tensor]] = field(default_factory=Future)
 
     def wait(self) -> dict[str, Tensor]:

@@ -50,8 +50,12 @@ class _Part:
     def tensors(self) -> dict[str, Tensor]:
         """Read its tensors."""
         session = self.session
-        most = session.limits.max_message_bytes
-        return read_tensors(self.message, statics=session.statics, max_bytes=most)
+        return read_tensors(
+            self.message,
+            statics=session.statics,
+            max_bytes=session.limits.max_message_bytes,
+            device=session.trunk.device,
+        )
 
     def asked(self) -> Asked:
         """Return the forward that it asks for."""

@@ -256,11 +256,21 @@ class RunRows:
         return None
 
     def joined(
-        self, head: pb.Head, tensors: dict[str, Tensor], statics: Mapping[str, Statics]
+        self,
+        head: pb.Head,
+        tensors: dict[str, Tensor],
+        statics: Mapping[str, Statics],
+        device: torch.device,
     ) -> dict[str, Tensor]:
         """Return the tensors of a forward as if all its rows had come in one piece.
 
         Those that came are checked before (`check_rows`); tensors of another verb stay as they are.
+
+        Args:
+            head: The request.
+            tensors: What came with it.
+            statics: What its codecs know.
+            device: Where what came was decoded, and rows that were kept are.
 
         Raises:
             ProtocolError: If rows do not fit together, or not what the head says of them.
@@ -277,7 +287,7 @@ class RunRows:
             else:
                 whole[name] = tensor
         for place, message in self._read.items():
-            rows[place] = read_tensors(message, statics=statics)
+            rows[place] = read_tensors(message, statics=statics, device=device)
         self._read = {}
         first = {name: (t.shape, t.dtype) for name, t in rows[0].items()}
         for row in rows:

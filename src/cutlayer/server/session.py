@@ -183,9 +183,8 @@ class Session:
 
     def _do(self, message: Message) -> dict[str, Tensor]:
         head = message.head
-        tensors = read_tensors(
-            message, statics=self.statics, max_bytes=self.limits.max_message_bytes
-        )
+        most, device = self.limits.max_message_bytes, self.trunk.device
+        tensors = read_tensors(message, statics=self.statics, max_bytes=most, device=device)
         verb = head.WhichOneof("verb")
         do: Callable[[pb.Head, dict[str, Tensor]], dict[str, Tensor]] | None
         do = getattr(self, f"_do_{verb}", None)
@@ -194,7 +193,7 @@ class Session:
         if self.rows is None or not (head.forward.rows or head.keep_rows.rows):
             return do(head, tensors)
         check_rows(head, tensors, self.width)
-        answer = do(head, self.rows.joined(head, tensors, self.statics))
+        answer = do(head, self.rows.joined(head, tensors, self.statics, device))
         self.rows.keep_those_in(message)
         return answer
 

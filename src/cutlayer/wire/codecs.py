@@ -10,13 +10,14 @@ down (`DEPARTURES`).
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from math import prod
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from cutlayer.wire import one_pass
 from cutlayer.wire.rotated import KarhunenLoeve, Rotated, Waterfilled
 from cutlayer.wire.scaled import SCALE_BYTES, Float8, Int8
 from cutlayer.wire.statics import Statics
@@ -29,6 +30,7 @@ __all__ = [
     "codec_words",
     "codecs_of",
     "in_force",
+    "prepare",
     "round_trip",
     "token_bytes",
 ]
@@ -156,6 +158,14 @@ CODECS: dict[str, Codec] = {
 def in_force(name: str, statics: Statics | None) -> str:
     """Return the codec that activations are written in: `name`, or what stands in before."""
     return name if statics is not None or not CODECS[name].learns else CODECS[name].before
+
+
+def prepare(names: Iterable[str]) -> None:
+    """Compile what these codecs need, if anything, so that no request waits for it."""
+    if any(
+        isinstance(CODECS[name], Rotated | Waterfilled) or CODECS[name].before for name in names
+    ):
+        one_pass.prepare()
 
 
 def token_bytes(name: str, width: int, dtype: torch.dtype) -> float:

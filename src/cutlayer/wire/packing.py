@@ -20,11 +20,12 @@ def packed(codes_NP: Tensor, bits: int) -> Tensor:
     """
     planes, low = [], 0
     for width in _PLANES[bits]:
-        plane_NP = codes_NP if len(_PLANES[bits]) == 1 else (codes_NP >> low) & (2**width - 1)
+        plane_NP = codes_NP >> low if low else codes_NP
+        plane_NP = plane_NP & (2**width - 1) if low + width < bits else plane_NP
         slices = plane_NP.chunk(8 // width, dim=-1)
-        byte = slices[0].clone()
-        for position, each in enumerate(slices[1:], 1):
-            byte |= each << (width * position)
+        byte = slices[-1] << (8 - width)
+        for position, each in enumerate(slices[:-1]):
+            byte |= each << (width * position) if position else each
         planes.append(byte)
         low += width
     return planes[0] if len(planes) == 1 else torch.cat(planes, dim=-1)
@@ -42,7 +43,11 @@ def unpacked(bytes_NQ: Tensor, bits: int) -> Tensor:
         shares = 8 // width
         found = torch.empty(tokens, shares, codes // shares, dtype=torch.uint8, device=plane.device)
         for position in range(shares):
-            torch.bitwise_and(plane >> (width * position), 2**width - 1, out=found[:, position])
+            low_bits = plane >> (width * position) if position else plane
+            if position < shares - 1:
+                torch.bitwise_and(low_bits, 2**width - 1, out=found[:, position])
+            else:
+                found[:, position] = low_bits
         found_NP = found.view(tokens, codes)
         out_NP = found_NP if out_NP is None else out_NP | (found_NP << low)
         start, low = end, low + width

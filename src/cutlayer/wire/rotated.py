@@ -12,118 +12,57 @@ vector, whichever is nearer; the sign of its scale says which.
 
 A tensor of N tokens is stored as N scales (bfloat16), then the packed codes of each token; of
 `waterfill` first those of all tokens with one bit, then two, and so on.
+
+Rotations have two forms that give the same bits: products in torch, here, and `one_pass`, which is
+several times as fast on a CPU and needs numba.
 """
 
 # Shapes:  N tokens   D model width   P width, padded to whole blocks   K coordinates kept
 
 from __future__ import annotations
 
-import functools
-import hashlib
 from abc import abstractmethod
 from math import sqrt
 
 import torch
 from torch import Tensor
 
+from cutlayer.wire import one_pass
+from cutlayer.wire.levels import (
+    GRID,
+    LEFT,
+    PLACES,
+    STEPS,
+    STEPS_OF_PLACE,
+    block_of,
+    nearest,
+    padded_width,
+    rotation,
+    told,
+)
 from cutlayer.wire.packing import packed, unpacked
 from cutlayer.wire.scaled import PerToken, safe_inverse, stored_scale
 from cutlayer.wire.statics import Statics
 
-__all__ = ["LEVELS", "KarhunenLoeve", "Rotated", "Waterfilled", "block_of"]
-
-LEVELS: dict[int, tuple[float, ...]] = {
-    1: (0.79788,),
-    2: (0.45278, 1.51042),
-    3: (0.24509, 0.75601, 1.34391, 2.15195),
-    4: (0.1284, 0.38805, 0.65676, 0.94234, 1.25623, 1.61805, 2.06902, 2.73259),
-    5: (
-        0.06589, 0.19805, 0.33138, 0.4667, 0.60493, 0.74714, 0.89457, 1.04878, 1.2118, 1.38634,
-        1.57623, 1.78723, 2.02873, 2.31774, 2.69112, 3.26073,
-    ),
-    6: (
-        0.03341, 0.10028, 0.1673, 0.23457, 0.30219, 0.37028, 0.43895, 0.50831, 0.5785, 0.64966,
-        0.72192, 0.79547, 0.87048, 0.94715, 1.02574, 1.10649, 1.18972, 1.27579, 1.36514, 1.45828,
-        1.55583, 1.65859, 1.76754, 1.88398, 2.00961, 2.14681, 2.29898, 2.4713, 2.67227, 2.91741,
-        3.24044, 3.7441,
-    ),
-}  # fmt: skip
-"""Levels above 0 of the Lloyd-Max quantiser of a Gaussian of size 1, by bits; the others mirror."""
-
-_LEFT = (1.0, 0.36338, 0.11748, 0.03454, 0.0095, 0.0025, 0.00065)
-"""What is left of a Gaussian's energy by bits: both sides of the wire derive bits from it."""
-
-_LARGEST_BLOCK, _SMALLEST_BLOCK = 64, 32
-# Values are looked up by their place on a grid that is finer than any two levels.
-_GRID, _GRID_REACH = 4096, 8.0
+__all__ = ["KarhunenLoeve", "Rotated", "Waterfilled"]
 
 
-def block_of(width: int) -> int:
-    """Return the size of the blocks that are rotated: a power of two that divides the width.
-
-    A width without a factor of 32 is padded with zeros to the next whole block of 32.
-    """
-    divisor = width & -width
-    return min(max(divisor, _SMALLEST_BLOCK), _LARGEST_BLOCK)
-
-
-@functools.cache
-def _rotation(block: int) -> Tensor:
-    """Return an orthogonal matrix: Hadamard's, with fixed signs, so that no constant stays one."""
-    rows = torch.ones(1, 1)
-    while len(rows) < block:
-        rows = torch.cat([torch.cat([rows, rows], 1), torch.cat([rows, -rows], 1)])
-    drawn = hashlib.shake_128(b"cutlayer rotation 1").digest(block)
-    signs = torch.tensor([1.0 if byte & 1 else -1.0 for byte in drawn])
-    return signs[:, None] * rows / sqrt(block)
-
-
-@functools.cache
-def _levels(bits: int) -> Tensor:
-    above = torch.tensor(LEVELS[bits])
-    return torch.cat([-above.flip(0), above])
-
-
-@functools.cache
-def _nearest(bits: int) -> Tensor:
-    """Return the code of the nearest level for each place of the grid."""
-    levels = _levels(bits)
-    middles = (torch.arange(_GRID) + 0.5) * (2 * _GRID_REACH / _GRID) - _GRID_REACH
-    return torch.bucketize(middles, (levels[1:] + levels[:-1]) / 2).to(torch.uint8)
-
-
-def _coded(unit_NP: Tensor, bits: int) -> Tensor:
-    """Return the code of each value, which has about size 1; unit_NP is used up."""
-    # NaN has no place, and its token's scale says NaN already.
-    places = unit_NP.mul_(_GRID / (2 * _GRID_REACH)).add_(_GRID / 2).nan_to_num_(0.0)
-    places = places.clamp_(0, _GRID - 1)
-    found = _nearest(bits).to(unit_NP.device).index_select(0, places.to(torch.int32).flatten())
-    return found.view(unit_NP.shape)
-
-
-@functools.cache
-def _told(bits: int) -> Tensor:
-    """Return what each code stands for: its level, longer by what rounding shortens on average.
-
-    Lloyd and Max's level is the mean of the values that round to it, which leaves the least error,
-    and makes all of a token's values too small, by 12% at two bits. A model that is trained through
-    it learns to overshoot by as much, and does so when the codec is gone (benchmarks/codecs).
-    """
-    return _levels(bits) / (1 - _LEFT[bits])
+def _coded(places_NP: Tensor, bits: int) -> Tensor:
+    """Return the code of each value, of which its place on the grid is given."""
+    # NaN becomes some place of the grid, and its token's scale says NaN already.
+    whole = places_NP.to(torch.int32).clamp_(0, GRID - 1).flatten()
+    return nearest(bits, places_NP.device).index_select(0, whole).view(places_NP.shape)
 
 
 def _decoded(codes_NP: Tensor, bits: int) -> Tensor:
-    levels = _told(bits).to(codes_NP.device)
+    levels = told(bits, codes_NP.device)
     return levels.index_select(0, codes_NP.flatten().to(torch.int32)).view(codes_NP.shape)
 
 
 def _size_of(x_ND: Tensor) -> Tensor:
-    """Return the length of each token, also where its squares are beyond float32."""
-    length_N = torch.linalg.vector_norm(x_ND, dim=-1)
-    odd_N = ~((length_N > 1e-15) & (length_N < 1e15))
-    if bool(odd_N.any()):
-        length_N[odd_N] = torch.linalg.vector_norm(x_ND[odd_N].double(), dim=-1).float()
-    return length_N
+    """Return the length of each token; in float64, where no square is beyond it."""
+    dtype = torch.float32 if x_ND.device.type == "mps" else torch.float64  # which that lacks
+    return torch.linalg.vector_norm(x_ND, dim=-1, dtype=dtype)
 
 
 class _Centred(PerToken):
@@ -151,68 +90,91 @@ class _Centred(PerToken):
         x_ND = x_ND - mean_D
         # |x - offset|² < |x|², without a second pass over all values
         is_sink_N = x_ND @ offset_D > 0.5 * offset_D.square().sum()
-        if bool(is_sink_N.any()):
-            x_ND[is_sink_N] -= offset_D
+        x_ND = _moved(x_ND, -offset_D, is_sink_N)
         scale_N, codes = self._centred_codes(x_ND, statics)
         return torch.where(is_sink_N, -scale_N, scale_N), codes
 
-    def _values(
-        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
-    ) -> Tensor:
-        x_ND = self._centred_values(codes, scale_N.abs().float(), values, statics)
+    def _fill(
+        self, out_ND: Tensor, codes: Tensor, scale_N: Tensor, statics: Statics | None
+    ) -> None:
+        x_ND = self._centred_values(codes, scale_N.abs().float(), out_ND.shape[1], statics)
         if statics is None:
-            return x_ND
+            out_ND.copy_(x_ND)
+            return
         mean_D, offset_D = statics.on(x_ND.device)
-        x_ND = x_ND + mean_D
-        is_sink_N = torch.signbit(scale_N)
-        if bool(is_sink_N.any()):
-            x_ND[is_sink_N] += offset_D
-        return x_ND
+        torch.add(x_ND, mean_D, out=out_ND)
+        _moved(out_ND, offset_D, torch.signbit(scale_N))
+
+
+def _moved(x_ND: Tensor, offset_D: Tensor, is_moved_N: Tensor) -> Tensor:
+    """Return tokens with an offset added to some of them; x_ND is used up."""
+    if x_ND.device.type != "cpu":
+        # To ask whether there are any would wait for the device.
+        return x_ND.addcmul_(is_moved_N[:, None].to(x_ND.dtype), offset_D)
+    if bool(is_moved_N.any()):
+        x_ND[is_moved_N] += offset_D
+    return x_ND
 
 
 class Rotated(_Centred):
     """Rotate blocks by a Hadamard matrix and round to so many bits a value."""
 
     learns = "mean"
+    block_values = one_pass.BLOCK_VALUES if one_pass.IS_HERE else PerToken.block_values
 
     def __init__(self, bits: int, carries: frozenset[str]) -> None:
         super().__init__(carries)
         self.bits = bits
 
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
-        return _padded(values) * self.bits // 8
+        return padded_width(values) * self.bits // 8
+
+    def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
+        if not one_pass.can(x_ND.device, x_ND.shape[1]):
+            return super()._codes(x_ND, statics)
+        scale_N, is_sink_N = one_pass.scales_of(x_ND, statics)
+        codes_NP = one_pass.codes_of(x_ND, scale_N, is_sink_N, self.bits, statics)
+        return torch.where(is_sink_N, -scale_N, scale_N), packed(codes_NP, self.bits)
+
+    def _fill(
+        self, out_ND: Tensor, codes: Tensor, scale_N: Tensor, statics: Statics | None
+    ) -> None:
+        if not one_pass.can(codes.device, out_ND.shape[1]):
+            super()._fill(out_ND, codes, scale_N, statics)
+            return
+        one_pass.fill(out_ND, unpacked(codes, self.bits), scale_N, self.bits, statics)
 
     def _centred_codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
-        scale_N, unit_NP = _scaled(x_ND)
-        return scale_N, packed(_coded(unit_NP, self.bits), self.bits)
+        scale_N, places_NP = _scaled(x_ND)
+        return scale_N, packed(_coded(places_NP, self.bits), self.bits)
 
     def _centred_values(
         self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
     ) -> Tensor:
         unit_NP = _decoded(unpacked(codes, self.bits), self.bits)
-        x_NP = _rotated(unit_NP, inverse=True).mul_(scale_N[:, None])
-        return x_NP[:, :values]
+        return _rotated_back(unit_NP, scale_N, values)
 
 
 def _scaled(x_ND: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the scales of tokens, and their rotated values, which have about size 1."""
-    padded = _padded(x_ND.shape[1])
-    scale_N = stored_scale(_size_of(x_ND) / sqrt(padded))
-    if padded > x_ND.shape[1]:
-        x_ND = torch.nn.functional.pad(x_ND, (0, padded - x_ND.shape[1]))
-    return scale_N, _rotated(x_ND, inverse=False).mul_(safe_inverse(scale_N)[:, None])
-
-
-def _padded(values: int) -> int:
+    """Return the scales of tokens, and the places on the grid of their rotated values."""
+    values, padded = x_ND.shape[1], padded_width(x_ND.shape[1])
     block = block_of(values)
-    return -(-values // block) * block
+    scale_N = stored_scale(_size_of(x_ND) / sqrt(padded))
+    # Whole numbers: 64 of a token's of 16,000 values add up to less than 2^24.
+    whole_ND = (x_ND * (safe_inverse(scale_N) * (STEPS / sqrt(block)))[:, None]).round_()
+    if padded > values:
+        whole_ND = torch.nn.functional.pad(whole_ND, (0, padded - values))
+    matrix = rotation(block, x_ND.device) / STEPS_OF_PLACE
+    middle = torch.full((block,), GRID / 2, device=x_ND.device)
+    places = torch.addmm(middle, whole_ND.reshape(-1, block), matrix)
+    return scale_N, places.view(len(x_ND), padded)
 
 
-def _rotated(x_NP: Tensor, *, inverse: bool) -> Tensor:
-    block = block_of(x_NP.shape[1])
-    matrix = _rotation(block).to(x_NP.device)
-    blocks = x_NP.reshape(-1, block)
-    return (blocks @ (matrix.T if inverse else matrix)).view(x_NP.shape)
+def _rotated_back(unit_NP: Tensor, scale_N: Tensor, values: int) -> Tensor:
+    """Return tokens from what their codes stand for."""
+    block = block_of(values)
+    x_NP = (unit_NP.reshape(-1, block) @ rotation(block, unit_NP.device).T).view(unit_NP.shape)
+    return x_NP.mul_((scale_N.float() / sqrt(block))[:, None])[:, :values]
 
 
 class KarhunenLoeve(_Centred):
@@ -233,9 +195,10 @@ class KarhunenLoeve(_Centred):
         basis_DK, deviation_K = statics.coordinates(x_ND.device)
         y_NK = x_ND @ basis_DK
         scale_N = stored_scale(_size_of(y_NK) / torch.linalg.vector_norm(deviation_K))
-        unit_NK = y_NK.mul_(safe_inverse(scale_N)[:, None]).div_(deviation_K)
+        places_NK = y_NK.mul_(safe_inverse(scale_N)[:, None]).div_(deviation_K / PLACES)
+        places_NK.add_(GRID / 2)
         parts = [
-            packed(_coded(unit_NK[:, start:end].contiguous(), bits), bits)
+            packed(_coded(places_NK[:, start:end], bits), bits)
             for bits, start, end in statics.groups
         ]
         return scale_N, torch.cat(parts, dim=-1)
@@ -264,43 +227,57 @@ class Waterfilled(PerToken):
     """
 
     carries = frozenset({"gradients"})
+    sees_others = True
 
     def __init__(self, bits: int) -> None:
         self.bits = bits
 
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
-        return _padded(values) * self.bits // 8  # on average
+        return padded_width(values) * self.bits // 8  # on average
 
     def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
-        scale_N, unit_NP = _scaled(x_ND)
+        is_fast = one_pass.can(x_ND.device, x_ND.shape[1])
+        scale_N, given_N = one_pass.scales_of(x_ND, None) if is_fast else _scaled(x_ND)
         codes = x_ND.new_zeros(len(x_ND) * self._row_bytes(x_ND.shape[1], None), dtype=torch.uint8)
         first = 0
         for bits, tokens in self._by_bits(scale_N):
-            part = packed(_coded(unit_NP[tokens], bits), bits).flatten()
+            codes_NP = (
+                one_pass.codes_of(x_ND, scale_N, given_N, bits, None, tokens)
+                if is_fast
+                else _coded(given_N[tokens], bits)
+            )
+            part = packed(codes_NP, bits).flatten()
             codes[first : first + len(part)] = part
             first += len(part)
         return scale_N, codes
 
-    def _values(
-        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
-    ) -> Tensor:
-        padded, flat, first = _padded(values), codes.flatten(), 0
-        unit_NP = torch.zeros(len(scale_N), padded, device=codes.device)
+    def _fill(
+        self, out_ND: Tensor, codes: Tensor, scale_N: Tensor, statics: Statics | None
+    ) -> None:
+        flat, first, values = codes.flatten(), 0, out_ND.shape[1]
+        # A token of no bits is 0, or NaN if its scale is.
+        out_ND.copy_((scale_N.float() * 0)[:, None].expand_as(out_ND))
         for bits, tokens in self._by_bits(scale_N):
-            last = first + len(tokens) * padded * bits // 8
-            rows = flat[first:last].view(len(tokens), -1)
-            unit_NP[tokens] = _decoded(unpacked(rows, bits), bits)
+            last = first + len(tokens) * padded_width(values) * bits // 8
+            codes_NP = unpacked(flat[first:last].view(len(tokens), -1), bits)
             first = last
-        return _rotated(unit_NP, inverse=True).mul_(scale_N.float()[:, None])[:, :values]
+            if one_pass.can(codes.device, values):
+                one_pass.fill(out_ND, codes_NP, scale_N, bits, None, tokens)
+            else:
+                out_ND[tokens] = _rotated_back(_decoded(codes_NP, bits), scale_N[tokens], values)
 
     def _by_bits(self, scale_N: Tensor) -> list[tuple[int, Tensor]]:
         """Return the tokens that get so many bits, for each number of bits that some get."""
         # Float64 on the CPU, whatever the device: both sides must find the same.
         size_N = scale_N.cpu().double().nan_to_num_(0.0, 0.0, 0.0)
-        left = torch.tensor(_LEFT, dtype=torch.float64)
-        gain = (left[:-1] - left[1:])[:, None] * size_N.square()
-        best = gain.flatten().argsort(descending=True, stable=True)
-        chosen = best[: self.bits * len(size_N)] % max(1, len(size_N))
-        bits_N = torch.bincount(chosen, minlength=len(size_N))
-        found = [(bits, (bits_N == bits).nonzero()[:, 0]) for bits in range(1, len(_LEFT))]
+        left = torch.tensor(LEFT, dtype=torch.float64)
+        gain = ((left[:-1] - left[1:])[:, None] * size_N.square()).flatten()
+        wanted = self.bits * len(size_N)
+        least = gain.topk(wanted, sorted=False).values.min() if wanted else 0.0
+        is_chosen = gain > least
+        # Of equals the first: fewer bits before more, then the earlier token.
+        equals = (gain == least).nonzero()[:, 0]
+        is_chosen[equals[: wanted - int(is_chosen.sum())]] = True
+        bits_N = is_chosen.view(len(left) - 1, len(size_N)).sum(0)
+        found = [(bits, (bits_N == bits).nonzero()[:, 0]) for bits in range(1, len(LEFT))]
         return [(bits, tokens.to(scale_N.device)) for bits, tokens in found if len(tokens)]

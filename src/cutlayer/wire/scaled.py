@@ -8,8 +8,9 @@ infinity gets NaN for its scale, so that the check behind the codec sees it.
 
 from __future__ import annotations
 
+import contextlib
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from math import prod
 
 import torch
@@ -20,7 +21,8 @@ from cutlayer.wire.statics import Statics
 __all__ = ["SCALE_BYTES", "Float8", "Int8", "PerToken", "safe_inverse", "stored_scale"]
 
 SCALE_BYTES = 2
-_SMALLEST = 1e-37
+# The inverse of a scale is multiplied by up to 2^17 and must stay a float32.
+_SMALLEST = 1e-33
 
 
 def tokens_of(shape: Sequence[int]) -> tuple[int, int]:
@@ -49,6 +51,9 @@ class PerToken(ABC):
     carries = frozenset({"activations", "gradients"})
     learns = before = ""
     budget = 0.0
+    sees_others = False
+    # Worked on at a time on a CPU: few enough that what lies between stays in its cache.
+    block_values = 1 << 18
 
     @abstractmethod
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
@@ -59,10 +64,10 @@ class PerToken(ABC):
         """Return the scales of tokens, (N,) in bfloat16, and their codes as bytes."""
 
     @abstractmethod
-    def _values(
-        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
-    ) -> Tensor:
-        """Return tokens, (N, D) in float32, from what `_codes` returned."""
+    def _fill(
+        self, out_ND: Tensor, codes: Tensor, scale_N: Tensor, statics: Statics | None
+    ) -> None:
+        """Write tokens, in float32, from what `_codes` returned."""
 
     def stored_bytes(
         self, shape: Sequence[int], dtype: torch.dtype, statics: Statics | None = None
@@ -77,8 +82,15 @@ class PerToken(ABC):
         """Return the scales and the codes as bytes."""
         if not tensor.is_floating_point():
             return tensor
-        scale_N, codes = self._codes(tensor.reshape(tokens_of(tensor.shape)).float(), statics)
-        return torch.cat([scale_N.view(torch.uint8), codes.flatten()])
+        tokens, values = tokens_of(tensor.shape)
+        x_ND, row = tensor.reshape(tokens, values), self._row_bytes(values, statics)
+        stored = torch.empty(tokens * (SCALE_BYTES + row), dtype=torch.uint8, device=tensor.device)
+        scales_N, codes = _parts(stored, tokens, row)
+        with _autocast_off(tensor.device):
+            for rows in self._blocks(x_ND):
+                scales_N[rows], found = self._codes(x_ND[rows].float(), statics)
+                codes[rows] = found.view(codes[rows].shape)
+        return stored
 
     def decode(
         self,
@@ -93,13 +105,36 @@ class PerToken(ABC):
         if not dtype.is_floating_point:
             return stored.view(dtype).view(tuple(shape))
         tokens, values = tokens_of(shape)
-        scale_N = stored[: SCALE_BYTES * tokens].view(torch.bfloat16)
-        codes = stored[SCALE_BYTES * tokens :].view(tokens, self._row_bytes(values, statics))
-        x_ND = self._values(codes, scale_N, values, statics)
-        if dtype == torch.float16:
-            # Its largest number where rounding went beyond it.
-            x_ND = x_ND.clamp(-65504, 65504)
-        return x_ND.to(dtype).view(tuple(shape))
+        scales_N, codes = _parts(stored, tokens, self._row_bytes(values, statics))
+        out_ND = torch.empty(tokens, values, dtype=dtype, device=stored.device)
+        with _autocast_off(stored.device):
+            for rows in self._blocks(out_ND):
+                if dtype == torch.float32:
+                    self._fill(out_ND[rows], codes[rows], scales_N[rows], statics)
+                    continue
+                x_ND = torch.empty(out_ND[rows].shape, device=stored.device)
+                self._fill(x_ND, codes[rows], scales_N[rows], statics)
+                # Its largest number where rounding went beyond it.
+                out_ND[rows] = x_ND.clamp_(-65504, 65504) if dtype == torch.float16 else x_ND
+        return out_ND.view(tuple(shape))
+
+    def _blocks(self, x_ND: Tensor) -> Iterator[slice]:
+        """Return which tokens to work on at a time: all of them, unless it is on a CPU."""
+        tokens, values = x_ND.shape
+        most = max(1, self.block_values // max(1, values))
+        most = tokens if x_ND.device.type != "cpu" or self.sees_others else most
+        return (slice(first, first + most) for first in range(0, tokens, max(1, most)))
+
+
+def _autocast_off(device: torch.device) -> contextlib.AbstractContextManager[object]:
+    if torch.amp.is_autocast_available(device.type):
+        return torch.autocast(device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
+def _parts(stored: Tensor, tokens: int, row_bytes: int) -> tuple[Tensor, Tensor]:
+    scales_N = stored[: SCALE_BYTES * tokens].view(torch.bfloat16)
+    return scales_N, stored[SCALE_BYTES * tokens :].view(tokens, row_bytes)
 
 
 class Int8(PerToken):
@@ -115,13 +150,13 @@ class Int8(PerToken):
         # Over no values there is no largest; torch refuses to look for one.
         peak_N = x_ND.abs().amax(-1) if x_ND.numel() else x_ND.new_zeros(len(x_ND))
         scale_N = stored_scale(peak_N / self.largest)
-        steps_ND = (x_ND * safe_inverse(scale_N)[:, None]).clamp(-self.largest, self.largest)
+        steps_ND = (x_ND * safe_inverse(scale_N)[:, None]).clamp_(-self.largest, self.largest)
         return scale_N, self._rounded(steps_ND.nan_to_num_()).view(torch.uint8)
 
-    def _values(
-        self, codes: Tensor, scale_N: Tensor, values: int, statics: Statics | None
-    ) -> Tensor:
-        return codes.view(self.kept).float() * scale_N.float()[:, None]
+    def _fill(
+        self, out_ND: Tensor, codes: Tensor, scale_N: Tensor, statics: Statics | None
+    ) -> None:
+        torch.mul(codes.view(self.kept).float(), scale_N.float()[:, None], out=out_ND)
 
     def _rounded(self, steps_ND: Tensor) -> Tensor:
         return steps_ND.round_().to(self.kept)

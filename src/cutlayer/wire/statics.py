@@ -70,18 +70,26 @@ class Statics:
 
     def on(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the mean, and how far the sinks are from it, as float32 on a device."""
-        mean_D = self.mean_D.to(device)
-        return mean_D, self.sink_D.to(device) - mean_D
+        if device not in self._moves:
+            mean_D = self.mean_D.to(device)
+            self._moves[device] = mean_D, self.sink_D.to(device) - mean_D
+        return self._moves[device]
 
     def coordinates(self, device: torch.device) -> tuple[Tensor, Tensor]:
         """Return the basis and the deviations as float32 on a device."""
-        assert self.deviation_K is not None
-        return self._basis.to(device), self.deviation_K.to(device)
+        if device not in self._bases:
+            assert self.basis_DK is not None
+            assert self.deviation_K is not None
+            self._bases[device] = self.basis_DK.to(device).float(), self.deviation_K.to(device)
+        return self._bases[device]
 
     @functools.cached_property
-    def _basis(self) -> Tensor:
-        assert self.basis_DK is not None
-        return self.basis_DK.float()
+    def _moves(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
+
+    @functools.cached_property
+    def _bases(self) -> dict[torch.device, tuple[Tensor, Tensor]]:
+        return {}
 
 
 class Learner:

@@ -38,6 +38,9 @@ DTYPES: dict[str, torch.dtype] = {
 
 _NAMES = {dtype: name for name, dtype in DTYPES.items()}
 _MAX_DIMS = 4
+_CPU = torch.device("cpu")
+# Elsewhere a dtype may be lacking. On "meta" nothing has a value, and who asks for one fails.
+_DECODE = ("cuda", "meta")
 
 MAX_DECODED_BYTES = 1 << 32
 """What the tensors of one message may take in memory, unless the receiver says less."""
@@ -107,6 +110,7 @@ def read_tensors(
     *,
     statics: Mapping[str, Statics] | None = None,
     max_bytes: int = MAX_DECODED_BYTES,
+    device: torch.device = _CPU,
 ) -> dict[str, Tensor]:
     """Return the tensors of a message by name; they share the memory of its body where they can.
 
@@ -114,6 +118,8 @@ def read_tensors(
         message: The message, whole.
         statics: What codecs know of a tensor, by name.
         max_bytes: How much memory the tensors may take once they are decoded.
+        device: Where to decode what is not raw, if it can be done there; that then stays there, in
+            the order of the device's current stream. All else stays on the CPU.
 
     Raises:
         ProtocolError: If a dtype or codec is unknown, a name comes twice, the bytes are not what
@@ -148,8 +154,19 @@ def read_tensors(
             if len(part)
             else torch.empty(0, dtype=torch.uint8)
         )
+        if meta.codec != "raw" and dtype.is_floating_point:
+            stored = _moved(stored, device)
         tensors[meta.name] = codec.decode(stored, shape, dtype, known)
     return tensors
+
+
+def _moved(stored: Tensor, device: torch.device) -> Tensor:
+    """Return bytes where they are decoded: a fraction of what the tensor takes is copied."""
+    if device.type not in _DECODE:
+        return stored
+    # Torch keeps pinned memory until a copy from it is done, so nobody need wait for that.
+    stored = stored.pin_memory() if device.type == "cuda" else stored
+    return stored.to(device, non_blocking=True)
 
 
 def _known(meta: TensorMeta, codec: Codec, statics: Mapping[str, Statics]) -> Statics | None:
