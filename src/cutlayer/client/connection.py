@@ -342,17 +342,15 @@ class Connection:
             if self._failure is not None:
                 raise self._failure
             while self._farewells:
-                self._put(self._farewells.popleft(), [], unattended=True)
-            pending = self._put(head, parts, unattended=unattended)
-            pending.device = next((t.device for t in (tensors or {}).values()), None)
-            return pending
+                self._put(self._farewells.popleft(), [], Pending(self, unattended=True))
+            device = next((t.device for t in (tensors or {}).values()), None)
+            return self._put(head, parts, Pending(self, unattended=unattended, device=device))
 
-    def _put(self, head: pb.Head, parts: list[memoryview], *, unattended: bool) -> Pending:
+    def _put(self, head: pb.Head, parts: list[memoryview], pending: Pending) -> Pending:
         self._sequence += 1
         self._gradient_changes += head.WhichOneof("verb") in _CHANGES_GRADIENTS
         head.sequence, head.follows, head.received = self._sequence, self._follows, self._received
-        self._follows = self._sequence
-        pending = Pending(self, head.sequence, unattended=unattended)
+        self._follows = pending.sequence = self._sequence
         self._waiting[head.sequence] = pending
         self._log.add(head, parts)
         if self._outgoing is not None:

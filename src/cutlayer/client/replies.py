@@ -46,7 +46,7 @@ class Pending:
     """A reply that is on its way."""
 
     connection: Waiter
-    sequence: int
+    sequence: int = 0
     unattended: bool = False
     device: torch.device | None = None
     """Where what was asked came from, and the answer goes."""

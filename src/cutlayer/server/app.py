@@ -38,7 +38,6 @@ from cutlayer.split.loading import (
 from cutlayer.split.quantized import quantize_trunk
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import PROTOCOL
-from cutlayer.wire.codecs import CODECS, prepare
 from cutlayer.wire.frames import FRAME_BYTES, MAX_HEAD_BYTES
 from cutlayer.wire.tensors import DTYPES
 
@@ -143,7 +142,6 @@ def make_server(
     loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     quantize_trunk(loaded, skeleton.anatomy, cut, quantization)
-    prepare(CODECS)
     trunk = SharedTrunk(loaded, skeleton.anatomy, cut, compiles=torch_compile)
     agreement = pb.Agreement(
         protocol=PROTOCOL,

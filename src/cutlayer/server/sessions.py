@@ -35,7 +35,7 @@ from cutlayer.server.worker import Joint, Stopped, TrunkThread, give_memory_back
 from cutlayer.split.cut import Cut
 from cutlayer.wire import cutlayer_pb2 as pb
 from cutlayer.wire.agreement import disagreements
-from cutlayer.wire.codecs import CODECS, codec_faults, codecs_of
+from cutlayer.wire.codecs import CODECS, codec_faults, codecs_of, prepare
 
 __all__ = ["Sessions"]
 
@@ -128,6 +128,7 @@ class Sessions:
             faults.append(f"LoRA rank {max(ranks)} is not within 1 and {self.limits.max_rank}")
         if faults:
             raise Refused("; ".join(faults))
+        prepare(codecs_of(asked.codecs).values())  # here, where the trunk need not wait for it
 
         def make() -> Session:
             others = [other for other in self.in_memory(tenant) if other.run != asked.run]

@@ -1,4 +1,4 @@
-"""Rotate and round in one pass over a token, where numba is installed.
+"""Rotate and round in one pass over a token, by numba.
 
 The same bits as the form in torch (rotated.py): its sums are exact, and what is rounded is rounded
 in the same order here. For blocks of 64 on a CPU. Compiled at the first call, kept in no cache.
@@ -11,16 +11,9 @@ from __future__ import annotations
 from typing import Any
 
 import numpy as np
+from numba import njit
 
-try:
-    from numba import njit
-except ImportError:
-    njit = None
-
-__all__ = ["IS_HERE", "decode", "encode", "sums"]
-
-IS_HERE = njit is not None
-"""Whether numba is installed."""
+__all__ = ["decode", "encode", "sums"]
 
 # Adding and taking away rounds to whole numbers, halves to even, below 2^22.
 _WHOLE = np.float32(1.5 * 2**23)
@@ -28,8 +21,7 @@ _LARGEST = np.float32(2**20 - 1)
 
 
 def _jit(**options: Any) -> Any:
-    kept = {"nogil": True, "error_model": "numpy"} | options
-    return njit(**kept) if njit is not None else lambda function: function
+    return njit(**({"nogil": True, "error_model": "numpy"} | options))
 
 
 # Only sums of float64 may be taken in any order.

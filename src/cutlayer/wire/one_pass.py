@@ -5,20 +5,21 @@
 from __future__ import annotations
 
 import functools
+import importlib.util
 from math import sqrt
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from cutlayer.wire import fast
 from cutlayer.wire.levels import GRID, STEPS, block_of, nearest, signs_of, told
 from cutlayer.wire.scaled import safe_inverse, stored_scale
 from cutlayer.wire.statics import Statics
 
 __all__ = ["BLOCK_VALUES", "IS_HERE", "can", "codes_of", "fill", "prepare", "scales_of"]
 
-IS_HERE = fast.IS_HERE
+IS_HERE = importlib.util.find_spec("numba") is not None
 """Whether there is anything that can be coded here."""
 
 BLOCK_VALUES = 1 << 20
@@ -32,6 +33,15 @@ def can(device: torch.device, values: int) -> bool:
     return IS_HERE and device.type == "cpu" and values > 0 and values % 64 == 0
 
 
+@functools.cache
+def _fast() -> Any:
+    # On first use: it takes 110 MiB, which a run without such codecs should not pay.
+    from cutlayer.wire import fast
+
+    return fast
+
+
+@functools.cache
 def prepare() -> None:
     """Have the functions compiled now, in a few seconds, so that no request waits for it."""
     if IS_HERE:
@@ -45,7 +55,7 @@ def scales_of(x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
     mean_D, offset_D, half = _moves(statics, x_ND.shape[1])
     squares_N = torch.empty(len(x_ND), dtype=torch.float64)
     is_sink_N = torch.empty(len(x_ND), dtype=torch.bool)
-    fast.sums(_array(x_ND), mean_D, offset_D, half, squares_N.numpy(), is_sink_N.numpy())
+    _fast().sums(_array(x_ND), mean_D, offset_D, half, squares_N.numpy(), is_sink_N.numpy())
     return stored_scale(squares_N.sqrt_() / sqrt(x_ND.shape[1])), is_sink_N
 
 
@@ -63,7 +73,7 @@ def codes_of(
     mean_D, offset_D, _half = _moves(statics, values)
     factor_N = safe_inverse(scale_N) * (STEPS / sqrt(block_of(values)))
     codes_RD = torch.empty(len(rows_R), values, dtype=torch.uint8)
-    fast.encode(
+    _fast().encode(
         rows_R.numpy(),
         _array(x_ND),
         mean_D,
@@ -90,7 +100,7 @@ def fill(
     rows_R = torch.arange(len(out_ND)) if rows_R is None else rows_R
     mean_D, offset_D, _half = _moves(statics, values)
     factor_N = scale_N.abs().float() / sqrt(block_of(values))
-    fast.decode(
+    _fast().decode(
         rows_R.numpy(),
         codes_RD.numpy(),
         told(bits, _CPU).numpy(),
