@@ -116,7 +116,12 @@ CODECS |= {
         ("rotated3", "rotated3", "waterfill1"),
         ("klt2", "rotated3", "waterfill2"),
         ("rotated4", "klt2", "waterfill2"),
+        ("rotated5", "rotated3", "waterfill3"),
+        ("rotated5", "rotated3", "waterfill2.5"),
+        ("rotated6", "rotated3", "waterfill2.5"),
+        ("rotated5", "rotated6", "waterfill2.5"),
         # One departure at a time.
+        ("rotated4", "bf16", "bf16"),
         ("bf16", "klt2", "bf16"),
         ("bf16", "rotated2", "bf16"),
         ("bf16", "rotated3", "bf16"),

@@ -229,11 +229,11 @@ class Waterfilled(PerToken):
     carries = frozenset({"gradients"})
     sees_others = True
 
-    def __init__(self, bits: int) -> None:
+    def __init__(self, bits: float) -> None:
         self.bits = bits
 
     def _row_bytes(self, values: int, statics: Statics | None) -> int:
-        return padded_width(values) * self.bits // 8  # on average
+        return int(padded_width(values) * self.bits) // 8  # on average
 
     def _codes(self, x_ND: Tensor, statics: Statics | None) -> tuple[Tensor, Tensor]:
         is_fast = one_pass.can(x_ND.device, x_ND.shape[1])
@@ -272,7 +272,7 @@ class Waterfilled(PerToken):
         size_N = scale_N.cpu().double().nan_to_num_(0.0, 0.0, 0.0)
         left = torch.tensor(LEFT, dtype=torch.float64)
         gain = ((left[:-1] - left[1:])[:, None] * size_N.square()).flatten()
-        wanted = self.bits * len(size_N)
+        wanted = int(self.bits * len(size_N))
         least = gain.topk(wanted, sorted=False).values.min() if wanted else 0.0
         is_chosen = gain > least
         # Of equals the first: fewer bits before more, then the earlier token.
