@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -144,6 +145,33 @@ def test_who_has_stepped_since_its_forward_goes_alone(folder_of: Callable[..., P
     found = [grad_BTD, *(p.grad for p in trunk.parameters.values())]
     trunk.gradients.zero()
     torch.testing.assert_close(found, alone(asked[:1])[0][1:], rtol=1e-11, atol=1e-11)
+
+
+def nodes_of(tensor: Tensor) -> Counter[str]:
+    """Return how many nodes of each kind a graph has."""
+    seen, open_ = set(), [tensor.grad_fn]
+    while open_:
+        node = open_.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            open_ += [following for following, _ in node.next_functions]
+    return Counter(node.name() for node in seen)
+
+
+def test_few_tokens_in_bfloat16_are_attended_to_by_plain_products(
+    folder_of: Callable[..., Path],
+):
+    """The kernel whose backward is slow for them is in no batch, and is chosen again after it."""
+    found = {}
+    for dtype in (torch.bfloat16, torch.float32):
+        asked = asked_of(tenants_of(folder_of("llama"), dtype, 2), (1, 1))
+        FusedBatches().forward(asked)
+        found[dtype] = nodes_of(FusedBatches().forward(asked)[0].out_BTD)
+        solo_BTD = asked[0].trunk.run(asked[0].smashed_BTD.requires_grad_(), {}, training=True)
+        assert any("Flash" in name for name in nodes_of(solo_BTD))
+
+    assert not any("Flash" in name for name in found[torch.bfloat16])
+    assert any("Flash" in name for name in found[torch.float32])
 
 
 def test_a_batch_keeps_an_input_once_for_all_layers_that_have_it(folder_of: Callable[..., Path]):
