@@ -19,7 +19,7 @@ from torch import Tensor
 
 from cutlayer.client.remote_trunk import Question
 from cutlayer.errors import NotFinite
-from cutlayer.server.fused_batch import CannotFuse, _with_loras_of
+from cutlayer.server.fused_lora import CannotFuse, with_loras_of
 from cutlayer.server.fusing import Fuser
 from cutlayer.server.metrics import Metrics
 from cutlayer.wire import cutlayer_pb2 as pb
@@ -223,7 +223,7 @@ def test_a_tree_that_cannot_be_fused_is_left_as_it_was(house: House):
 
     with (
         pytest.raises(CannotFuse, match="no plain LoRA"),
-        _with_loras_of([first, second], first, (2, 7)),
+        with_loras_of([first.loras, second.loras], first.loras, (2, 7)),
     ):
         pass
 

@@ -9,32 +9,28 @@ long as enough others may still come. Who is too few for that computes its own r
 its backward never waits for anybody.
 """
 
-# Shapes:  B batch   T tokens   D model width   U units: tenants, or rows where tenants have
-#          different numbers of them   M positions of a unit   I, O features   r rank   N positions
+# Shapes:  B batch   T tokens   D model width   N positions
 
 from __future__ import annotations
 
 import contextlib
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
-from functools import partial
-from typing import Any
 
 import torch
-from peft.tuners.lora import Linear
 from torch import Tensor
 from torch.nn import functional
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from cutlayer.server.fused_lora import CannotFuse, with_loras_of
 from cutlayer.server.memory import counting_saved
 from cutlayer.server.trunk import TenantTrunk, picked
-from cutlayer.split.adapters import ADAPTER
 
 __all__ = ["Asked", "Batch", "CannotFuse", "FusedBatches", "Share", "backward_together"]
 
-
-class CannotFuse(Exception):
-    """Trunks of this kind cannot run several tenants' rows at once; says why."""
+_PLAIN_ATTENTION_TOKENS = 128
 
 
 @dataclass(frozen=True)
@@ -101,6 +97,17 @@ class Share:
     ready: tuple[Tensor | None, Sequence[Tensor]] | None = None
     tenant: str = ""
 
+    def __post_init__(self) -> None:
+        self._changes = self._changes_now()
+
+    @property
+    def is_as_it_was(self) -> bool:
+        """Whether the tenant's LoRA is the one of the forward."""
+        return self._changes == self._changes_now()
+
+    def _changes_now(self) -> int:
+        return sum(parameter._version for parameter in self.asked.trunk.parameters.values())
+
     def backward(self, trunk: TenantTrunk, grad_BTD: Tensor, hold: int) -> Tensor | None:
         """Accumulate what was computed with the others; else compute it now, alone."""
         if self.ready is not None:
@@ -160,8 +167,9 @@ class FusedBatches:
         with (
             torch.enable_grad(),
             _drawing_nothing(leader.trunk.device, leader.training),
-            _with_loras_of(units, leader.trunk, shape),
+            with_loras_of([trunk.loras for trunk in units], leader.trunk.loras, shape),
             self._measured(kind, asked),
+            _attention_for(leader, longest),
         ):
             batch_BTD = torch.cat([_padded(each.smashed_BTD, longest) for each in asked])
             out_BTD = leader.trunk.run(
@@ -208,11 +216,12 @@ def backward_together(batch: Batch, gradients: Mapping[Share, Tensor]) -> bool:
         gradients: The gradient of each share's output.
 
     Returns:
-        Whether it was done; they are too few otherwise.
+        Whether it was done; they are too few otherwise. Who has stepped since its forward goes
+        alone in any case.
     """
-    shares = [share for share in gradients if share in batch.shares]
+    shares = [s for s in gradients if s in batch.shares and s.is_as_it_was]
     others = batch.shares - set(shares)
-    if len(shares) < len(gradients) or not batch.is_worth(len(shares)):
+    if not batch.is_worth(len(shares)):
         return False
     inputs = [_inputs(share) for share in shares]
     stays = bool(others) and batch.is_worth(len(others))
@@ -266,6 +275,18 @@ def _of_rows(asked: Asked, name: str, tokens: int) -> Tensor:
     return functional.pad(given.expand(rows, mine), (0, tokens - mine))
 
 
+def _attention_for(asked: Asked, tokens: int) -> AbstractContextManager[None]:
+    """Choose how attention is computed that torch's own function computes.
+
+    Of few tokens in bfloat16 the CPU's flash kernel takes 1.7 to twelve times as long in its
+    backward as the plain products, which are done in float32 besides.
+    """
+    dtype, device = asked.autocast or asked.smashed_BTD.dtype, asked.trunk.device.type
+    if device == "cpu" and dtype == torch.bfloat16 and tokens <= _PLAIN_ATTENTION_TOKENS:
+        return sdpa_kernel(SDPBackend.MATH)
+    return contextlib.nullcontext()
+
+
 @contextlib.contextmanager
 def _drawing_nothing(device: torch.device, training: bool) -> Iterator[None]:
     """Refuse what is computed inside if it drew random numbers: a solo run would draw others."""
@@ -279,45 +300,6 @@ def _drawing_nothing(device: torch.device, training: bool) -> Iterator[None]:
 def _states(device: torch.device) -> list[Tensor]:
     states = [torch.get_rng_state()]
     return states if device.type != "cuda" else [*states, torch.cuda.get_rng_state(device)]
-
-
-@contextlib.contextmanager
-def _with_loras_of(
-    units: Sequence[TenantTrunk], leader: TenantTrunk, shape: tuple[int, int]
-) -> Iterator[None]:
-    """While open, the leader's tree runs each unit of a batch with that unit's own LoRA."""
-    layers = list(zip(*(trunk.loras for trunk in units), strict=True))
-    # All of them before any is changed: what stayed so would run others' LoRA in solo requests.
-    for mine in leader.loras:
-        if type(mine) is not Linear or mine.lora_variant or mine.lora_B[ADAPTER].bias is not None:
-            raise CannotFuse(f"a {type(mine).__name__} of peft's is no plain LoRA")
-    try:
-        for mine, of_units in zip(leader.loras, layers, strict=True):
-            mine.__dict__["forward"] = partial(_fused_linear, mine, of_units, shape)
-        yield
-    finally:
-        for mine in leader.loras:
-            mine.__dict__.pop("forward", None)
-
-
-def _fused_linear(
-    mine: Linear, of_units: Sequence[Linear], shape: tuple[int, int], x: Tensor, *args: Any
-) -> Tensor:
-    """Return what each unit's LoRA layer gives for its rows of `x`, (rows, T, O)."""
-    if tuple(x.shape[:-1]) != shape:
-        raise CannotFuse(f"a layer was given {tuple(x.shape)} instead of rows of tokens")
-    result = mine.base_layer(x, *args)
-    a_UrI = torch.stack([layer.lora_A[ADAPTER].weight for layer in of_units])
-    b_UOr = torch.stack([layer.lora_B[ADAPTER].weight for layer in of_units])
-    x_UMI = x.to(a_UrI.dtype).reshape(len(of_units), -1, x.shape[-1])
-    result_UMO = result.reshape(len(of_units), -1, result.shape[-1])
-    low_UMr = torch.bmm(x_UMI, a_UrI.transpose(1, 2))
-    scaling = mine.scaling[ADAPTER]
-    if result.dtype == low_UMr.dtype == b_UOr.dtype:
-        out_UMO = torch.baddbmm(result_UMO, low_UMr, b_UOr.transpose(1, 2), alpha=scaling)
-    else:
-        out_UMO = result_UMO + torch.bmm(low_UMr, b_UOr.transpose(1, 2)) * scaling
-    return out_UMO.to(result.dtype).view(result.shape)
 
 
 def _refuse_mixed(shares: Sequence[Share]) -> None:

@@ -182,7 +182,7 @@ class Fuser:
                 if isinstance(share, Share) and share in batch.shares:
                     gradients[share] = part.gradient(share)
         if gradients and _backward_together(batch, gradients):
-            self.fused.update(share.tenant for share in gradients)
+            self.fused.update(share.tenant for share in gradients if share.ready is not None)
 
     def _tidy_up(self, joints: Sequence[Joint], *, failed: bool) -> None:
         culprits = []
