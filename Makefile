@@ -62,10 +62,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --group dev
 	touch $@
 
-# peft imports torchao wherever it finds it, and torchao tells of every kernel that it lacks: so it
-# stands apart.
-$(VENV)/.quantized: $(VENV)/.installed
-	$(PIP) --no-deps --target $(VENV)/quantized torchao
+# peft imports torchao and bitsandbytes wherever it finds them, and they tell of every kernel that
+# they lack: so they stand apart.
+$(VENV)/.quantized: $(VENV)/.installed constraints.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantized torchao bitsandbytes
 	touch $@
 
 # The report's tests look at it in a real browser, which comes from the system.

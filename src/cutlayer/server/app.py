@@ -109,7 +109,8 @@ def make_server(
         revision: The model's revision on the hub.
         dtype: The trunk's dtype.
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
-        quantization: Store the trunk's linear weights in 8 bits, `int8` or `float8`.
+        quantization: Store the trunk's linear weights in 8 bits, `int8` or `float8`, or in 4,
+            `nf4`.
         device: Where the trunk computes.
         keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
         auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
