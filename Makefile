@@ -16,7 +16,7 @@ report: $(VENV)/.installed $(VENV)/.browser ## the report of a finished demo, fo
 
 test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd $(VENV)/.quantized ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
-	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence tests/test_benchmarks.py
 
 check: $(VENV)/.installed ## style, types, floors
 	$(BIN)/ruff check .

@@ -27,6 +27,7 @@ class Child:
         threads: int,
         passive: bool = False,
         cores: Sequence[int] = (),
+        packages: Path | None = None,
     ) -> None:
         self.spec = dict(spec)
         self._process = subprocess.Popen(
@@ -34,7 +35,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads, passive=passive),
+            env=environment(threads, passive=passive, packages=packages),
             cwd=ROOT,
         )
         self.hello: dict[str, Any] = self._read()
@@ -90,6 +91,7 @@ class Server:
         threads: int = 1,
         passive: bool = False,
         cores: Sequence[int] = (),
+        packages: Path | None = None,
         **more: Any,
     ) -> None:
         """Start it, with more flags of `cutlayer serve`, and wait until it listens."""
@@ -114,7 +116,7 @@ class Server:
             [*_on(cores), sys.executable, "-m", "cutlayer.cli.main", *serve, *words],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads, passive=passive),
+            env=environment(threads, passive=passive, packages=packages),
             cwd=ROOT,
         )
         self.port = self._port()
