@@ -27,6 +27,7 @@ from cutlayer.server.store import Store
 from cutlayer.server.tenants import Register
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
+from cutlayer.server.worker import give_memory_back
 from cutlayer.split.cut import Cut
 from cutlayer.split.loading import (
     config_digest,
@@ -143,6 +144,8 @@ def make_server(
     loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     quantize_trunk(loaded, skeleton.anatomy, cut, quantization)
+    if quantization:
+        give_memory_back()  # of the weights as they were loaded
     trunk = SharedTrunk(loaded, skeleton.anatomy, cut, compiles=torch_compile)
     agreement = pb.Agreement(
         protocol=PROTOCOL,
