@@ -178,11 +178,14 @@ def test_options_of_the_trunk_are_measured_side_by_side(tmp_path: Path):
     figures = figures_of("trunk_options", tmp_path / "options.json", "--packages", packages)
     told = json.loads((tmp_path / "options.json").read_text())["settings"]
 
-    options = {"gradient_checkpointing", "int8", "float8", "nf4", "torch_compile"}
+    stored = {"int8", "float8", "nf4", "int8_checkpointing", "nf4_checkpointing"}
+    options = {"gradient_checkpointing", "torch_compile", *stored}
     for what in ("step", "trunk", "cpu", "peak", "resident"):
         assert {f"trunk_options.{what}_ratio_{name}" for name in options} <= {*figures}
     for kind in ("int8", "float8", "nf4"):
         assert 0 < abs(figures[f"trunk_options.nats_above_plain_{kind}"]) < 0.1
     losses = told["first_loss"]
-    assert losses["plain"] == losses["gradient_checkpointing"]
+    for name in ("plain", "int8", "nf4"):
+        again = "gradient_checkpointing" if name == "plain" else f"{name}_checkpointing"
+        assert losses[name] == losses[again]
     assert losses["plain"] == pytest.approx(losses["torch_compile"], abs=1e-4)

@@ -33,6 +33,7 @@ from benchmarks.processes import (  # noqa: E402
     start_worker,
 )
 from benchmarks.turns import Contestant, take_turns  # noqa: E402
+from cutlayer.split.quantized import QUANTIZATIONS  # noqa: E402
 
 CUT = {"bottom_layers": 2, "top_layers": 2}
 PACKAGES = Path(sys.prefix) / "quantized"
@@ -54,8 +55,8 @@ class Option:
         return "quantization" in self.serve
 
 
-def _stored(kind: str) -> Option:
-    return Option({"quantization": kind}, {"quantization": kind})
+def _stored(kind: str, **asked: Any) -> Option:
+    return Option({"quantization": kind}, {"quantization": kind, **asked})
 
 
 OPTIONS = {
@@ -64,6 +65,8 @@ OPTIONS = {
     "int8": _stored("int8"),
     "float8": _stored("float8"),
     "nf4": _stored("nf4"),
+    "int8_checkpointing": _stored("int8", gradient_checkpointing=True),
+    "nf4_checkpointing": _stored("nf4", gradient_checkpointing=True),
     "torch_compile": Option({"torch_compile": True}, {}),
 }
 
@@ -154,7 +157,7 @@ def versions_in(packages: Path) -> dict[str, str]:
 def main() -> None:
     """Take the losses, then start all servers and have their clients step by turns."""
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
+    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn that count")
     parser.add_argument("--rows", type=int, default=4)
     parser.add_argument("--columns", type=int, default=128, help="tokens of a row")
@@ -175,7 +178,7 @@ def main() -> None:
         (folder / "held_out").mkdir()
         unseen = argparse.Namespace(**{**vars(args), "text": args.text.with_name("test.jsonl")})
         held_out = make_workload(unseen, folder / "held_out", rows=8, batches=1)
-        kinds = [name for name, option in OPTIONS.items() if option.is_quantized]
+        kinds = [name for name in OPTIONS if name in QUANTIZATIONS]
         losses = losses_of(held_out, kinds, args.packages)
 
         field = Field(workload, make_certificates(folder / "certs"), folder)
