@@ -72,15 +72,10 @@ OPTIONS = {
 
 
 def losses_of(workload: Workload, kinds: list[str], packages: Path) -> dict[str, float]:
-    """Return the base model's loss on held-out text over each trunk, a process and a forward."""
-    found = {}
-    for kind in ["", *kinds]:
-        spec = {"model": workload.model, "tokens": workload.tokens, "cut": CUT}
-        spec["quantization"] = kind
-        module = "benchmarks.trunk_options.losses"
-        with Child(module, spec, threads=1, packages=packages) as child:
-            found[kind] = float(child.hello["loss"])
-    return found
+    """Return the base model's loss on held-out text over each kind of trunk, a forward each."""
+    spec = {"model": workload.model, "tokens": workload.tokens, "cut": CUT, "kinds": ["", *kinds]}
+    with Child("benchmarks.trunk_options.losses", spec, threads=1, packages=packages) as child:
+        return child.hello
 
 
 class Field:
@@ -157,12 +152,15 @@ def versions_in(packages: Path) -> dict[str, str]:
 def main() -> None:
     """Take the losses, then start all servers and have their clients step by turns."""
     parser = parser_of(__doc__)
-    parser.add_argument("--rounds", type=int, default=5, help="turns of each contestant")
+    parser.add_argument("--rounds", type=int, default=3, help="turns of each contestant")
     parser.add_argument("--steps", type=int, default=1, help="steps of a turn that count")
-    parser.add_argument("--rows", type=int, default=4)
+    parser.add_argument("--rows", type=int, default=2)
     parser.add_argument("--columns", type=int, default=128, help="tokens of a row")
     parser.add_argument(
         "--packages", type=Path, default=PACKAGES, help="folder of torchao and bitsandbytes"
+    )
+    parser.add_argument(
+        "--options", nargs="+", default=[*OPTIONS], choices=OPTIONS, help="plain is one of them"
     )
     args = parser.parse_args()
     versions = versions_in(args.packages)
@@ -178,11 +176,11 @@ def main() -> None:
         (folder / "held_out").mkdir()
         unseen = argparse.Namespace(**{**vars(args), "text": args.text.with_name("test.jsonl")})
         held_out = make_workload(unseen, folder / "held_out", rows=8, batches=1)
-        kinds = [name for name in OPTIONS if name in QUANTIZATIONS]
+        kinds = [name for name in args.options if name in QUANTIZATIONS]
         losses = losses_of(held_out, kinds, args.packages)
 
         field = Field(workload, make_certificates(folder / "certs"), folder)
-        found = {name: field.contestant(stack, name, args.packages) for name in OPTIONS}
+        found = {name: field.contestant(stack, name, args.packages) for name in args.options}
         packages_bytes = field.packages_bytes(args.packages)
         take_turns(found, rounds=rounds, steps=args.steps)
         time.sleep(0 if args.quick else _SETTLE_S)
