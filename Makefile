@@ -16,7 +16,7 @@ report: $(VENV)/.installed $(VENV)/.browser ## the report of a finished demo, fo
 
 test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd $(VENV)/.quantized ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
-	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence
+	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence tests/test_benchmarks.py
 
 check: $(VENV)/.installed ## style, types, floors
 	$(BIN)/ruff check .
@@ -66,10 +66,10 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(PIP) --group dev
 	touch $@
 
-# peft imports torchao wherever it finds it, and torchao tells of every kernel that it lacks: so it
-# stands apart.
-$(VENV)/.quantized: $(VENV)/.installed
-	$(PIP) --no-deps --target $(VENV)/quantized torchao
+# peft imports torchao and bitsandbytes wherever it finds them, and they tell of every kernel that
+# they lack: so they stand apart.
+$(VENV)/.quantized: $(VENV)/.installed constraints.txt
+	$(PIP) --no-deps --upgrade --target $(VENV)/quantized torchao bitsandbytes
 	touch $@
 
 # The report's tests look at it in a real browser, which comes from the system.

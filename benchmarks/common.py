@@ -162,13 +162,17 @@ def _tiny_model(folder: Path) -> Path:
     return folder
 
 
-def environment(threads: int, *, passive: bool) -> dict[str, str]:
+def environment(
+    threads: int, *, passive: bool = False, packages: Path | None = None
+) -> dict[str, str]:
+    """Return the environment of a process; `packages` is a folder of more that it may import."""
     # Processes that share cores must not spin on each other's time; one that runs alone may.
     waiting = {"OMP_WAIT_POLICY": "PASSIVE"} if passive else {}
+    more = [str(packages)] if packages else []
     return {
         **os.environ,
         **waiting,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")]),
+        "PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", ""), *more]),
         "OMP_NUM_THREADS": str(threads),
         "MKL_NUM_THREADS": str(threads),
         "HF_HUB_OFFLINE": "1",

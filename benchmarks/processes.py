@@ -27,6 +27,7 @@ class Child:
         threads: int,
         passive: bool = False,
         cores: Sequence[int] = (),
+        packages: Path | None = None,
         variables: Mapping[str, str] | None = None,
     ) -> None:
         self.spec = dict(spec)
@@ -35,7 +36,7 @@ class Child:
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads, passive=passive) | dict(variables or {}),
+            env=environment(threads, passive=passive, packages=packages) | dict(variables or {}),
             cwd=ROOT,
         )
         self.hello: dict[str, Any] = self._read()
@@ -91,6 +92,7 @@ class Server:
         threads: int = 1,
         passive: bool = False,
         cores: Sequence[int] = (),
+        packages: Path | None = None,
         **more: Any,
     ) -> None:
         """Start it, with more flags of `cutlayer serve`, and wait until it listens."""
@@ -115,7 +117,7 @@ class Server:
             [*_on(cores), sys.executable, "-m", "cutlayer.cli.main", *serve, *words],
             stdout=subprocess.PIPE,
             text=True,
-            env=environment(threads, passive=passive),
+            env=environment(threads, passive=passive, packages=packages),
             cwd=ROOT,
         )
         self.port = self._port()

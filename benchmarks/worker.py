@@ -141,6 +141,8 @@ class Contestant:
             send_once=self.spec.get("send_once", False),
             chunks=self.spec.get("chunks", 1),
             lean_head=self.spec.get("lean_head", False),
+            quantization=self.spec.get("quantization", ""),
+            gradient_checkpointing=self.spec.get("gradient_checkpointing", False),
             train=self.spec.get("train", ("bottom", "trunk", "top")),
             peft_config=self._lora(),
         )

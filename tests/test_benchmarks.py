@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
@@ -165,3 +166,26 @@ def test_fewer_bytes_are_counted_on_the_wire(tmp_path: Path):
     delta = "epochs.all_lr0.001_h2"
     assert figures[f"{delta}_within_0_2"] < figures[f"{delta}_within_0.2_2"]
     assert figures[f"{delta}_delta3_2_db"] < figures[f"{delta}_delta1_2_db"]
+
+
+@pytest.mark.quantized
+def test_options_of_the_trunk_are_measured_side_by_side(tmp_path: Path):
+    """Each option's server is there with its client, and trains what the plain one trains."""
+    spec = find_spec("bitsandbytes")
+    assert spec is not None
+    assert spec.origin is not None
+    packages = str(Path(spec.origin).parents[1])
+    figures = figures_of("trunk_options", tmp_path / "options.json", "--packages", packages)
+    told = json.loads((tmp_path / "options.json").read_text())["settings"]
+
+    stored = {"int8", "float8", "nf4", "int8_checkpointing", "nf4_checkpointing"}
+    options = {"gradient_checkpointing", "torch_compile", *stored}
+    for what in ("step", "trunk", "cpu", "peak", "resident"):
+        assert {f"trunk_options.{what}_ratio_{name}" for name in options} <= {*figures}
+    for kind in ("int8", "float8", "nf4"):
+        assert 0 < abs(figures[f"trunk_options.nats_above_plain_{kind}"]) < 0.1
+    losses = told["first_loss"]
+    for name in ("plain", "int8", "nf4"):
+        again = "gradient_checkpointing" if name == "plain" else f"{name}_checkpointing"
+        assert losses[name] == losses[again]
+    assert losses["plain"] == pytest.approx(losses["torch_compile"], abs=1e-4)

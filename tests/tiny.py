@@ -16,6 +16,7 @@ import os
 import signal
 import time
 import warnings
+from collections.abc import Mapping
 from types import SimpleNamespace
 from typing import Any, Literal
 
@@ -694,6 +695,7 @@ def tiny_config(
     task: Task = "causal-lm",
     num_layers: int = 6,
     composite: bool = False,
+    fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedConfig:
     """Returns a small config without neutral constants.
 
@@ -704,6 +706,7 @@ def tiny_config(
         task: The task of the model.
         num_layers: How many layers the model has.
         composite: Give the whole config of a multimodal causal type instead.
+        fields: Fields of the config that are to be other than they would be.
 
     Raises:
         NotBuildable: No small model of this type can be built.
@@ -716,7 +719,7 @@ def tiny_config(
     if causal and not composite:
         model_type = _text_type(model_type)
     config_class = CONFIG_MAPPING[model_type]
-    overrides = dict(_overrides(model_type, task, num_layers))
+    overrides = _overrides(model_type, task, num_layers) | dict(fields or {})
     overrides.setdefault("num_labels", NUM_LABELS)
     declared = {field.name for field in dataclasses.fields(config_class)}
     if causal and "is_decoder" in declared:
@@ -776,6 +779,7 @@ def tiny_model(
     attn_implementation: str | None = None,
     seed: int = 0,
     composite: bool = False,
+    fields: Mapping[str, Any] | None = None,
 ) -> PreTrainedModel:
     """Builds a small random model, in evaluation mode.
 
@@ -787,11 +791,13 @@ def tiny_model(
         attn_implementation: The attention implementation; the model's default if None.
         seed: Seed of its parameters.
         composite: Build the whole model of a multimodal causal type.
+        fields: Fields of its config that are to be other than they would be.
 
     Raises:
         NotBuildable: No small model of this type can be built.
     """
-    config = tiny_config(model_type, task=task, num_layers=num_layers, composite=composite)
+    given: Any = {"composite": composite, "fields": fields}
+    config = tiny_config(model_type, task=task, num_layers=num_layers, **given)
     causal = task == "causal-lm"
     auto = AutoModelForCausalLM if causal else AutoModelForSequenceClassification
     options: dict[str, Any] = {"dtype": dtype}

@@ -191,7 +191,7 @@ def _not_done(run: Run) -> list[str]:
     return [
         f"{name} is not done through the split: {instead}"
         for home, name, instead in (
-            (run.model, "load_in_4bit", "split_quantization stores the server's trunk in 8 bits"),
+            (run.model, "load_in_4bit", "split_quantization stores the server's trunk in 4 bits"),
             (run.model, "load_in_8bit", "split_quantization stores the server's trunk in 8 bits"),
             (run.model, "lora_target_parameters", "name modules in lora_target_modules"),
             (run.sft, "model_init_kwargs", "dtype, attn_implementation and such are keys"),

@@ -49,7 +49,12 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     add("--task", default="causal-lm", choices=("causal-lm", "sequence-classification"))
     add("--dtype", default="float32", help="of the trunk's weights (default: float32)")
     add("--attn_implementation", help="eager, sdpa, … (default: transformers' choice)")
-    add("--quantization", default="", choices=("int8", "float8"), help="of the trunk: 8 bits")
+    add(
+        "--quantization",
+        default="",
+        choices=("int8", "float8", "nf4"),
+        help="of the trunk: 8 bits, or 4",
+    )
     add("--device", default="cpu", help="cpu, cuda, cuda:1, … (default: cpu)")
     add("--state_dir", default="cutlayer-state", help="where tenants' states are kept")
     add("--audit_log", help="where events are logged (default: audit.jsonl in --state_dir)")

@@ -107,7 +107,7 @@ def connect(
         revision: The model's revision on the hub.
         dtype: dtype of the base weights, the same at the server.
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
-        quantization: How the server's trunk is stored, `int8` or `float8`; not at all by default.
+        quantization: How the server's trunk is stored, `int8`, `float8` or `nf4`; none by default.
         ca: The authority that signed the server's certificate.
         cert: Our certificate, for mutual TLS.
         key: The key of our certificate.

@@ -27,6 +27,7 @@ from cutlayer.server.store import Store
 from cutlayer.server.tenants import Register
 from cutlayer.server.trunk import SharedTrunk
 from cutlayer.server.watch import Watch
+from cutlayer.server.worker import give_memory_back
 from cutlayer.split.cut import Cut
 from cutlayer.split.loading import (
     config_digest,
@@ -109,7 +110,8 @@ def make_server(
         revision: The model's revision on the hub.
         dtype: The trunk's dtype.
         attn_implementation: `eager`, `sdpa`, …; transformers' own choice by default.
-        quantization: Store the trunk's linear weights in 8 bits, `int8` or `float8`.
+        quantization: Store the trunk's linear weights in 8 bits, `int8` or `float8`, or in 4,
+            `nf4`.
         device: Where the trunk computes.
         keep_adapter: Keep the trunk's half of adapters; clients are told before they train.
         auth: How tenants are known: one of `access.AUTH`; certificates need `credentials` with an
@@ -142,6 +144,8 @@ def make_server(
     loaded = load_trunk(checkpoint, skeleton, cut, dtype=DTYPES[dtype], **settings)
     loaded.to(torch.device(device))  # type: ignore[arg-type]
     quantize_trunk(loaded, skeleton.anatomy, cut, quantization)
+    if quantization:
+        give_memory_back()  # of the weights as they were loaded
     trunk = SharedTrunk(loaded, skeleton.anatomy, cut, compiles=torch_compile)
     agreement = pb.Agreement(
         protocol=PROTOCOL,
