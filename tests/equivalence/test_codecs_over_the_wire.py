@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 
+from cutlayer.client.replies import Pending
 from cutlayer.errors import NotFinite, ProtocolError
 from cutlayer.privacy.transcript import TranscriptWriter, read_transcript
 from cutlayer.wire import cutlayer_pb2 as pb
@@ -262,6 +263,6 @@ def test_a_scale_that_lies_is_refused(llama: Site, codec: str, lie: bytes):
         connection = split.connection
         with connection._send_lock:
             head.tensors.extend(message.head.tensors)
-            pending = connection._put(head, [memoryview(stored.numpy())], unattended=False)
+            pending = connection._put(head, [memoryview(stored.numpy())], Pending(connection))
         with pytest.raises(NotFinite, match="smashed activations"):
             pending.wait()
