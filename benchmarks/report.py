@@ -84,9 +84,9 @@ _CLIENT = (
     "are the largest part: with jemalloc it is 779 MiB and not 991"
 )
 _COMPANY = (
-    "one adapter on the same tokens, which fusing cannot beat, is itself 3.07 times as fast as "
-    "eight tenants in turn; what is missing goes to eight times the messages, small products and "
-    "optimizer steps"
+    "one adapter on the same tokens, which fusing cannot beat, is itself 2.84 times as fast as "
+    "eight tenants in turn; what is missing to that are mostly eight optimizer steps in place of "
+    "one (decision 0018)"
 )
 
 GOALS = (
@@ -111,10 +111,10 @@ GOALS = (
          why="the trunk computes 8.94 of 9.24 s; a round trip and one chunk's transfer are left"),
     Goal("G4", "bytes per token over 8 x width, three epochs, at equal loss",
          "codecs.bytes_ratio_equal_loss", most=0.055,
-         why="three seeds of 90 steps, each within 0.5%: what comes down takes 0.064 of it at "
-         "four bits, the gradient 0.048 at three, spent where it is, what goes up 0.021 at four, "
-         "once; two bits of gradient, or three of what comes down with them, ended 0.7 to 0.9% "
-         "above. Runs of 18 steps had allowed 0.102"),
+         why="three seeds of 90 steps, each within 0.5% (0.33% at worst): what comes down takes "
+         "0.047 of it at three bits, the gradient 0.039 at two and a half, spent where it is, what "
+         "goes up 0.026 at five, once. At two bits of gradient it is 0.8% above; four bits of what "
+         "goes up cost 0.4% alone (docs/log.md, 2026-11-28)"),
     Goal("G4", "the same with 30% loss tokens and a head-only client",
          "codecs.bytes_ratio_instruct", most=0.03,
          why="three seeds of 90 steps, each within 0.5%: of it what comes down at loss positions "
@@ -134,8 +134,8 @@ GOALS = (
          least=3.1, why=_COMPANY),
     Goal("G8", "the same / one adapter on the same tokens", "tenants.fused_8x32_of_one_adapter",
          least=0.95,
-         why="0.81 in float32; the trunk alone is at 0.85 and 0.98 (decision 0018), the rest is "
-         "eight tenants' messages and optimizer steps"),
+         why="0.80 in float32; eight tenants' optimizer steps, which one thread does, are the "
+         "largest part that is not shared (decision 0018)"),
     Goal("G8", "4 tenants over 50 ms / the limit", "tenants.wan_4_over_limit", least=0.95),
     Goal("G9", "server memory per further tenant over its state (1.2, and one micro-batch's "
          "activations, which are 0.07 of it here)", "memory.tenant_over_state", most=1.27),
@@ -150,9 +150,9 @@ GOALS = (
          most=0.07),
     Goal("G12", "codec speed, encode and decode, GB/s a core, rotated 4-bit", "codecs.gb_per_s",
          least=4.0,
-         why="plain torch, half of it the product with the Hadamard matrix in float32; the four "
-         "tensors of a step of benchmarks/wan, 2.4 MB each, take 42 ms of 8.9 s at this speed, so "
-         "no kernel of our own was written"),
+         why="with numba, one pass over a token: 1.9 nanoseconds a value both ways, where 4 GB/s "
+         "are four copies of the bytes; 0.22 without (docs/log.md). The four tensors of a step of "
+         "benchmarks/wan, 2.4 MB each, take 9 ms of 8.9 s at this speed"),
     Goal("G13", "decoded tokens that changed with a later one", "codecs.causality_violations",
          0.0, 0.0),
     Goal("G13", "first loss, fp32 wire against unsplit, difference",

@@ -457,8 +457,9 @@ def main() -> None:
             and figures[f"{of}.{name}_over_bf16_worst"] <= WORSE
             and len(found[of, name]) == len(found[of, "bf16"])
         }
-        figures[f"bytes_ratio_{setting.name}"] = min(equal)
-        best[setting.name] = equal[min(equal)]
+        if equal:  # of a setting that was measured
+            figures[f"bytes_ratio_{setting.name}"] = min(equal)
+            best[setting.name] = equal[min(equal)]
     settings |= {
         "bytes": "all that crossed the stream both ways: heads, norms, masks, optimizer steps too",
         "cut_1": "uploaded in every epoch, but for codecs whose name begins with 'once'",
