@@ -33,7 +33,7 @@ fix: $(VENV)/.installed
 families: $(VENV)/.installed ## every model type of transformers; writes docs/families.md
 	$(BIN)/python -m tests.families --write docs/families.md
 
-bench: $(VENV)/.installed .data/.prepared ## a quick form of every benchmark, and of the table
+bench: $(VENV)/.installed .data/.prepared $(VENV)/.quantized ## a quick form of every benchmark, and of the table
 	rm -rf out/bench
 	for room in $(notdir $(patsubst %/run.py,%,$(wildcard benchmarks/*/run.py))); do \
 	    $(BIN)/python benchmarks/$$room/run.py --quick \

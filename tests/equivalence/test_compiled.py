@@ -69,6 +69,18 @@ def test_layers_that_are_computed_again_are_compiled_too(site: Site):
     torch.testing.assert_close(expected, found, **ROUNDING)
 
 
+def test_packed_texts_are_told_apart_as_on_the_plain_trunk(site: Site, folder_of: Any):
+    """A model that makes a KV cache sees all before a token, one that makes none its own text."""
+    whole = AUTO["causal-lm"].from_pretrained(folder_of("llama"), dtype=torch.float64).train()
+    ids_BT = batch_of(0, rows=2, tokens=16)["input_ids"][:1]
+    packed = {"input_ids": ids_BT, "position_ids": torch.arange(8).repeat(2)[None]}
+    with site.connect(dtype="float64") as split:
+        for use_cache in (True, False):
+            found = split.train()(**packed, use_cache=use_cache).logits
+            expected = whole(**packed, use_cache=use_cache).logits
+            torch.testing.assert_close(expected, found, **ROUNDING)
+
+
 def test_what_is_not_trained_through_is_bit_equal(site: Site, folder_of: Any):
     """Generation and evaluation run the layers as they are."""
     whole = AUTO["causal-lm"].from_pretrained(folder_of("llama"), dtype=torch.float64).eval()

@@ -63,6 +63,35 @@ def test_every_kind_of_lora_is_exact(llama: Site, name: str):
     same_run(llama, llama.connect(peft_config=copy.deepcopy(config)), llama.unsplit(config))
 
 
+@pytest.mark.parametrize("use_cache", [None, False])
+def test_packed_texts_see_what_they_see_unsplit(llama: Site, use_cache: bool | None):
+    """Transformers keeps packed texts apart by position where there is no mask and no KV cache.
+
+    Models in training make a cache by default, so the trunk must do as the client's layers do.
+    """
+    ids_BT = batch_of(0, rows=2, tokens=16)["input_ids"][:1]
+    positions_BT = torch.arange(8).repeat(2)[None]
+    packed = {"input_ids": ids_BT, "position_ids": positions_BT, "labels": ids_BT}
+    packed |= {} if use_cache is None else {"use_cache": use_cache}
+
+    expected = Loop.over(llama.unsplit()).step(packed)
+    with llama.connect() as split:
+        found = Loop.over(split).step(packed)
+
+    assert equal(expected, found)
+
+
+def test_heads_of_their_own_are_exact_with_eager_attention(folder_of, serve):
+    """Where keys lie in memory decides a gradient's last bits: a cache copies them."""
+    eager = {"attn_implementation": "eager"}
+    site = serve(folder_of("gpt_neox"), **eager)
+    batch = batch_of(0, rows=2, tokens=16)
+
+    expected = Loop.over(site.unsplit(**eager)).step(batch)
+    with site.connect(**eager) as split:
+        assert equal(expected, Loop.over(split).step(batch))
+
+
 @pytest.mark.parametrize(("bottom", "top"), [(1, 1), (1, 4), (4, 1), (2, 3)])
 def test_every_cut_within_the_servers_is_exact(llama: Site, bottom: int, top: int):
     """A tenant may keep more layers than the server asks, and the run stays exact."""
@@ -384,7 +413,7 @@ def test_nothing_is_left_at_the_server(llama: Site):
         )
         adapter_of(split)  # its reply comes after those of the requests before it
         (session,) = [s for s in llama.server.sessions._open.values() if s.run == "leaves-nothing"]
-        left = (session.trunk.pending, len(session.trunk._caches))
+        left = (session.trunk.pending, len(session.trunk.caches))
 
     assert left == (0, 0)
     assert session not in llama.server.sessions._open.values()

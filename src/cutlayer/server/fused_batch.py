@@ -279,7 +279,8 @@ def _attention_for(asked: Asked, tokens: int) -> AbstractContextManager[None]:
     """Choose how attention is computed that torch's own function computes.
 
     Of few tokens in bfloat16 the CPU's flash kernel takes 1.7 to twelve times as long in its
-    backward as the plain products, which are done in float32 besides.
+    backward as the plain products, which are done in float32 besides. Torch keeps the choice for
+    the whole process: a client in the same one may compute by it meanwhile.
     """
     dtype, device = asked.autocast or asked.smashed_BTD.dtype, asked.trunk.device.type
     if device == "cpu" and dtype == torch.bfloat16 and tokens <= _PLAIN_ATTENTION_TOKENS:

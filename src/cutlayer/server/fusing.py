@@ -204,7 +204,6 @@ class Fuser:
 def _kind(session: Session, head: pb.Head) -> Hashable:
     """Return what forwards have in common that can be one batch; `None` if there is no such."""
     asked, lora = head.forward, session.trunk.lora
-    # The KV cache that models in training make by default is of no use to any later forward.
     if not asked.keep_graph or asked.adapter_disabled or asked.past_tokens or asked.rows:
         return None
     if not lora.targets or lora.use_dora or session.trunk.gradient_checkpointing:
@@ -220,7 +219,12 @@ def _kind(session: Session, head: pb.Head) -> Hashable:
         return None
     forms = tuple(sorted((name, meta.dtype) for name, meta in metas.items()))
     # Position ids without a mask may say where packed texts begin; a mask would hide it.
-    length = tokens if set(metas) == {"position_ids"} else 0
+    may_be_packed = set(metas) == {"position_ids"}
+    # The KV cache that models in training make by default is of no use to any later forward, but
+    # with one transformers does not look for packed texts, and a batch has none.
+    if may_be_packed and asked.cache:
+        return None
+    length = tokens if may_be_packed else 0
     return (
         session.trunk.likeness,
         asked.training,

@@ -79,7 +79,8 @@ def refuse_without_compiler(device: torch.device) -> None:
     """
     told = torch.ones(8, device=device)
     try:
-        torch.compile(lambda x: (x * 2).sin().sum())(told)
+        with torch._dynamo.config.patch(suppress_errors=False):  # a trunk of this process set it
+            torch.compile(lambda x: (x * 2).sin().sum())(told)
     except Exception as error:
         raise ConfigError(
             f"--torch_compile cannot be used here ({type(error).__name__}: "

@@ -198,6 +198,9 @@ class Sessions:
             Refused: If there is none; another tenant's is told the same way.
         """
         self.get(tenant, identifier)  # a stranger's guess must not take the trunk's time
+        entry = self._table.find(identifier)
+        if entry is not None:
+            prepare(codecs_of(entry.asked.codecs).values())  # after a restart of the server
 
         def attach() -> tuple[Session, int, list[Reply]]:
             session = self._open.get(identifier)

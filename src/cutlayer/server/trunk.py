@@ -207,10 +207,13 @@ class TenantTrunk:
         smashed_BTD = smashed_BTD.to(self.device)
         if keep_graph and wants_gradient:
             smashed_BTD.requires_grad_(True)
-        # Models in training ask for a cache, from which no one goes on: it would be copies of all
-        # keys, and layers that are computed again would extend it twice.
-        is_of_use = not keep_graph or (past_tokens and not self.gradient_checkpointing)
-        slot = self.caches.slot(cache, past_tokens, cache_rows) if cache and is_of_use else None
+        # Models in training ask for a cache by default, from which no one goes on. It is made all
+        # the same: without one transformers looks for packed texts, and keys lie otherwise in
+        # memory. Layers that are computed again must not extend it twice.
+        is_made = not (keep_graph and self.gradient_checkpointing)
+        if keep_graph and not past_tokens and self.compiles and not _may_be_packed(carried):
+            is_made = False  # compiled layers are within rounding anyway, and run without
+        slot = self.caches.slot(cache, past_tokens, cache_rows) if cache and is_made else None
         with (
             torch.random.fork_rng(enabled=training, devices=_devices(self.device)),
             self._adapter_off() if adapter_disabled else contextlib.nullcontext(),
@@ -230,7 +233,7 @@ class TenantTrunk:
             slot.past_tokens += smashed_BTD.shape[1]
         if keep_graph:
             self._kept[sequence] = Graph(smashed_BTD, out_BTD)
-            self.caches.drop(cache)
+            self.caches.drop(cache)  # no one goes on from a training forward
         return out_BTD.detach()
 
     def run(
@@ -369,6 +372,11 @@ class TenantTrunk:
                 "use the LoRA config it was trained with"
             )
         set_peft_model_state_dict(self.peft, dict(state), adapter_name=ADAPTER)
+
+
+def _may_be_packed(carried: Mapping[str, Tensor]) -> bool:
+    """Say whether positions may tell where packed texts begin, which a mask would hide."""
+    return "position_ids" in carried and "attention_mask" not in carried
 
 
 def picked(out_BTD: Tensor, wanted_N: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import functools
 import importlib.util
+import logging
 from math import sqrt
 from typing import Any
 
@@ -19,6 +20,8 @@ from cutlayer.wire.statics import Statics
 
 __all__ = ["BLOCK_VALUES", "IS_HERE", "can", "codes_of", "fill", "prepare", "scales_of"]
 
+log = logging.getLogger(__name__)
+
 IS_HERE = importlib.util.find_spec("numba") is not None
 """Whether there is anything that can be coded here."""
 
@@ -30,21 +33,25 @@ _CPU = torch.device("cpu")
 
 def can(device: torch.device, values: int) -> bool:
     """Say whether tokens of so many values on this device can be coded here."""
-    return IS_HERE and device.type == "cpu" and values > 0 and values % 64 == 0
+    is_fit = device.type == "cpu" and values > 0 and values % 64 == 0
+    return IS_HERE and is_fit and _fast() is not None
 
 
 @functools.cache
 def _fast() -> Any:
     # On first use: it takes 110 MiB, which a run without such codecs should not pay.
-    from cutlayer.wire import fast
-
+    try:
+        from cutlayer.wire import fast
+    except Exception as error:  # one that does not suit numpy, say
+        log.warning("numba cannot be imported (%s): codecs are slower without", error)
+        return None
     return fast
 
 
 @functools.cache
 def prepare() -> None:
     """Have the functions compiled now, in a few seconds, so that no request waits for it."""
-    if IS_HERE:
+    if can(_CPU, 64):
         x_ND = torch.zeros(1, 64)
         scale_N, is_sink_N = scales_of(x_ND, None)
         fill(x_ND, codes_of(x_ND, scale_N, is_sink_N, 1, None), scale_N, 1, None)
