@@ -79,9 +79,9 @@ _GRPC = (
     "three a chunk. At 16 MiB it is 1.27"
 )
 _CLIENT = (
-    "PyTorch, transformers, peft and gRPC alone take 9% of what full fine-tuning does, and the "
-    "client's weights (the embedding most of all) 4%; of the rest holes in the C library's heap "
-    "are the largest part: with jemalloc it is 779 MiB and not 991"
+    "PyTorch, transformers, peft and gRPC alone take 10% of what full fine-tuning does, and the "
+    "client's weights (the embedding most of all) 4%. Nothing of a step stands out any more: the "
+    "peak is that of loading the weights"
 )
 _COMPANY = (
     "one adapter on the same tokens, which fusing cannot beat, is itself 2.84 times as fast as "
@@ -138,11 +138,15 @@ GOALS = (
          "largest part that is not shared (decision 0018)"),
     Goal("G8", "4 tenants over 50 ms / the limit", "tenants.wan_4_over_limit", least=0.95),
     Goal("G9", "server memory per further tenant over its state (1.2, and one micro-batch's "
-         "activations, which are 0.07 of it here)", "memory.tenant_over_state", most=1.27),
-    Goal("G10", "client's peak memory over full fine-tuning, fp32, lean head",
-         "memory.client_lean_over_full_finetuning", most=0.06, why=_CLIENT),
+         "activations, which are 0.07 of it here)", "memory.tenant_over_state", most=1.27,
+         why="47 MiB a tenant, of which 32 are adapter, gradients and moments and 6 its tree of "
+         "modules; the rest was not found. It was 1.26 at e996b0a, on a machine "
+         "less busy; 368d722 gives the same 47 on this one"),
+    Goal("G10", "client's peak memory over full fine-tuning, fp32, at the least (lean head, frozen "
+         "bottom, memory given back at once)",
+         "memory.client_least_over_full_finetuning", most=0.06, why=_CLIENT),
     Goal("G10", "the same without what both import",
-         "memory.client_lean_over_full_finetuning_without_imports", most=0.06, why=_CLIENT),
+         "memory.client_least_over_full_finetuning_without_imports", most=0.06, why=_CLIENT),
     Goal("G11", "client's operations over those of unsplit LoRA, cached bottom",
          "plan.client_flops_share", most=0.28),
     Goal("G11", "the same with 30% loss tokens", "plan.client_flops_share_instruct", most=0.13),
