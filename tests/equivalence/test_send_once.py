@@ -109,13 +109,13 @@ def test_a_row_is_named_by_64_bytes_at_most(keeping: Site):
         widths: list[int] = []
         put = split.connection._put
 
-        def watched(head: Any, parts: Any, *, unattended: bool) -> Any:
+        def watched(head: Any, parts: Any, pending: Any) -> Any:
             if head.WhichOneof("verb") == "forward" and not head.tensors:
                 bare = type(head)()
                 bare.CopyFrom(head)
                 del bare.forward.rows[:]
                 widths.append((head.ByteSize() - bare.ByteSize()) // len(head.forward.rows))
-            return put(head, parts, unattended=unattended)
+            return put(head, parts, pending)
 
         split.connection._put = watched
         trained(split)

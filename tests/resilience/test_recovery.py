@@ -224,8 +224,8 @@ def test_a_request_that_is_repeated_has_one_effect(llama: Site):
         connection = split.connection
         put = connection._put
 
-        def twice(head: Any, parts: Any, *, unattended: bool) -> Any:
-            pending = put(head, parts, unattended=unattended)
+        def twice(head: Any, parts: Any, pending: Any) -> Any:
+            pending = put(head, parts, pending)
             connection._outgoing.put(list(frames_of(head, parts)))
             return pending
 
