@@ -63,8 +63,11 @@ def test_every_kind_of_lora_is_exact(llama: Site, name: str):
     same_run(llama, llama.connect(peft_config=copy.deepcopy(config)), llama.unsplit(config))
 
 
+@pytest.mark.parametrize("checkpointing", [False, True])
 @pytest.mark.parametrize("use_cache", [None, False])
-def test_packed_texts_see_what_they_see_unsplit(llama: Site, use_cache: bool | None):
+def test_packed_texts_see_what_they_see_unsplit(
+    llama: Site, use_cache: bool | None, checkpointing: bool
+):
     """Transformers keeps packed texts apart by position where there is no mask and no KV cache.
 
     Models in training make a cache by default, so the trunk must do as the client's layers do.
@@ -75,10 +78,20 @@ def test_packed_texts_see_what_they_see_unsplit(llama: Site, use_cache: bool | N
     packed |= {} if use_cache is None else {"use_cache": use_cache}
 
     expected = Loop.over(llama.unsplit()).step(packed)
-    with llama.connect() as split:
+    with llama.connect(gradient_checkpointing=checkpointing) as split:
         found = Loop.over(split).step(packed)
 
     assert equal(expected, found)
+
+
+@pytest.mark.parametrize("model_type", ["gpt2", "opt", "bloom", "falcon", "gemma3_text", "phi3"])
+def test_layers_that_are_computed_again_are_exact(folder_of, serve, model_type: str):
+    """However a family hands its layers the KV cache that it makes in training by default."""
+    site = serve(folder_of(model_type))
+
+    expected = Loop.over(site.unsplit()).step(batch_of(0))
+    with site.connect(gradient_checkpointing=True) as split:
+        assert equal(expected, Loop.over(split).step(batch_of(0)))
 
 
 def test_heads_of_their_own_are_exact_with_eager_attention(folder_of, serve):

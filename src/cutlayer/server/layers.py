@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
+from transformers import Cache
 
 from cutlayer.errors import ConfigError
 
@@ -68,6 +69,10 @@ def _compiled(layer: nn.Module) -> Callable[..., Any]:
 def _checkpointed(layer: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     if not torch.is_grad_enabled():
         return _plain(layer)(*args, **kwargs)
+    # As transformers does: the model has the KV cache for its masks, and what is computed again
+    # must not extend it twice.
+    args = tuple(None if isinstance(value, Cache) else value for value in args)
+    kwargs = {n: None if isinstance(value, Cache) else value for n, value in kwargs.items()}
     return checkpoint(forward, *args, use_reentrant=False, **kwargs)
 
 

@@ -197,10 +197,8 @@ class Sessions:
         Raises:
             Refused: If there is none; another tenant's is told the same way.
         """
-        self.get(tenant, identifier)  # a stranger's guess must not take the trunk's time
-        entry = self._table.find(identifier)
-        if entry is not None:
-            prepare(codecs_of(entry.asked.codecs).values())  # after a restart of the server
+        # Here: a stranger's guess must not take the trunk's time, nor a compiler after a restart.
+        prepare(codecs_of(self.get(tenant, identifier).asked.codecs).values())
 
         def attach() -> tuple[Session, int, list[Reply]]:
             session = self._open.get(identifier)

@@ -209,8 +209,8 @@ class TenantTrunk:
             smashed_BTD.requires_grad_(True)
         # Models in training ask for a cache by default, from which no one goes on. It is made all
         # the same: without one transformers looks for packed texts, and keys lie otherwise in
-        # memory. Layers that are computed again must not extend it twice.
-        is_made = not (keep_graph and self.gradient_checkpointing)
+        # memory. Layers that are computed again do not go on from one.
+        is_made = not (keep_graph and past_tokens and self.gradient_checkpointing)
         if keep_graph and not past_tokens and self.compiles and not _may_be_packed(carried):
             is_made = False  # compiled layers are within rounding anyway, and run without
         slot = self.caches.slot(cache, past_tokens, cache_rows) if cache and is_made else None

@@ -164,9 +164,8 @@ def in_force(name: str, statics: Statics | None) -> str:
 
 def prepare(names: Iterable[str]) -> None:
     """Compile what these codecs need, if anything, so that no request waits for it."""
-    if any(
-        isinstance(CODECS[name], Rotated | Waterfilled) or CODECS[name].before for name in names
-    ):
+    codecs = [CODECS[name] for name in names]
+    if any(isinstance(codec, Waterfilled) or codec.before for codec in codecs):
         one_pass.prepare()
 
 
